@@ -1,0 +1,24 @@
+"""Root-mean-square normalisation (arXiv 1910.07467) with the reference model's order of casts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    The mean is taken in float32 and the result is cast back *before* the weight is applied: in bf16 another order
+    gives other numbers, and exported weights must mean the same elsewhere.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise x (..., width); same shape and dtype."""
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight

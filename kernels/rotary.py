@@ -1,0 +1,28 @@
+"""Rotary position embedding over interleaved pairs (arXiv 2104.09864), as the reference model stores it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotary_table(length: int, head_dim: int, base: float, device: torch.device | None = None) -> torch.Tensor:
+    """Return cos and sin of position * base^(-2i/head_dim): (1, length, 1, head_dim / 2, 2), float32."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)[None, :, None]
+
+
+def apply_rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[2i], x[2i + 1]) of every head by the angle of their position.
+
+    Args:
+        x: (batch, sequence, heads, head_dim).
+        table: (1, sequence, 1, head_dim / 2, 2) from `rotary_table`, float32.
+
+    Returns:
+        Same shape and dtype as `x`; computed in float32.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return rotated.flatten(-2).type_as(x)

@@ -1,0 +1,1 @@
+"""The training pipeline: configuration, model, depth, optimization, engine, loop, checkpoints, evaluation, export."""

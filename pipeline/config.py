@@ -1,0 +1,177 @@
+"""One resolved configuration for a run: shipped or own YAML, model presets, overrides, and errors that help.
+
+Precedence: defaults in the dataclasses < model preset < the YAML file < `key=value` overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from pipeline.checkpoint import CheckpointConfig
+from pipeline.depth import DepthConfig
+from pipeline.engine import ZeroConfig
+from pipeline.errors import ConfigError
+from pipeline.loader import DataConfig
+from pipeline.train import TrainConfig
+from pipeline.model import ModelConfig
+from pipeline.optim import OptimizerConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+SCHEMA_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    name: str
+    """Name of the run; `run_dir` follows it unless it is set."""
+    run_dir: str = "runs/${name}"
+    """Directory of everything that the run writes."""
+    seed: int = 233
+    """Seed of the sample order, the depths, the initial states and the initial weights."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this configuration's layout."""
+    model: ModelConfig
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    optimizer: OptimizerConfig
+    data: DataConfig
+    train: TrainConfig
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        """Hold the rules that join two sections."""
+        if self.schema_version != SCHEMA_VERSION:
+            raise ConfigError(f"schema_version: {self.schema_version} is not {SCHEMA_VERSION}, the one read here")
+        if self.seed < 0:
+            raise ConfigError(f"seed: {self.seed} is negative")
+        if self.train.precision != "fp32" and self.zero.stage == 0:
+            raise ConfigError(
+                f"zero.stage: 0 keeps no float32 master weights for train.precision = {self.train.precision};"
+                " use zero.stage=1"
+            )
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the run configurations that come with the package."""
+    return sorted(path.stem for path in (CONFIGS / "runs").glob("*.yaml"))
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Resolve a configuration.
+
+    Args:
+        source: path of a YAML file, or the name of a shipped configuration.
+        overrides: `dotted.key=value` each.
+
+    Raises:
+        ConfigError: anything that is not a valid configuration; one message, with the dotted path.
+    """
+    raw = _read_yaml(_locate(source, "runs", "configuration"))
+    _expand_preset(raw)
+    changes = OmegaConf.create({})
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        if key == "model":
+            key = "model.preset"
+        try:
+            OmegaConf.update(changes, key, _scalar(override, value), force_add=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"override {override!r}: {error}") from None
+    merged = cast(DictConfig, OmegaConf.merge(OmegaConf.create(raw), changes))
+    return _to_run_config(merged)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the configuration as a YAML text that `load_config` reads back to the same value."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _locate(source: str, kind: str, noun: str) -> Path:
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"no {noun} file {source!r}; give an existing path or a shipped name")
+        return path
+    path = CONFIGS / kind / f"{source}.yaml"
+    if path.parent != CONFIGS / kind or not path.is_file():
+        names = sorted(found.stem for found in (CONFIGS / kind).glob("*.yaml"))
+        raise ConfigError(
+            f"no {noun} {source!r}{_nearest(source, names)}; shipped: {', '.join(names)} (or give the path of a .yaml)"
+        )
+    return path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path}: the top level must map keys to values")
+    return tree
+
+
+def _expand_preset(tree: dict[str, Any]) -> None:
+    """Write `model: NAME` in its long form, `model: {preset: NAME}`."""
+    if isinstance(tree.get("model"), str):
+        tree["model"] = {"preset": tree["model"]}
+
+
+def _scalar(override: str, text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _to_run_config(tree: DictConfig) -> RunConfig:
+    model = tree.get("model")
+    if isinstance(model, DictConfig) and "preset" in model:
+        preset = str(model.pop("preset"))
+        tree["model"] = OmegaConf.merge(_read_yaml(_locate(preset, "models", "model preset")), model)
+    _check_keys(OmegaConf.to_container(tree), RunConfig, "")
+    try:
+        resolved = OmegaConf.merge(OmegaConf.structured(RunConfig), tree)
+        return cast(RunConfig, OmegaConf.to_object(resolved))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: a value is required") from None
+    except ConfigKeyError as error:
+        raise ConfigError(f"{error.full_key}: unknown key") from None
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise ConfigError(f"{error.full_key or 'configuration'}: {reason}") from None
+
+
+def _check_keys(tree: object, schema: type, prefix: str) -> None:
+    """Refuse unknown keys with the nearest valid one, which the library's own message does not give."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.')}: {tree!r} is not a section of keys and values")
+    hints = typing.get_type_hints(schema)
+    for key, value in tree.items():
+        if key not in hints:
+            raise ConfigError(f"{prefix}{key}: unknown key{_nearest(str(key), hints)}; valid: {', '.join(hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            _check_keys(value, cast(type, hints[key]), f"{prefix}{key}.")
+    for item in dataclasses.fields(schema):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in tree:
+            raise ConfigError(f"{prefix}{item.name}: a value is required")
+
+
+def _nearest(word: str, choices: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,188 @@
+"""DeepSpeed behind a few functions: rendezvous, construction, and where each rank's share of the state lies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from data_prep.world import World
+from pipeline.accelerator import communication_backend, select_device
+from pipeline.errors import ConfigError
+from pipeline.model import reference_name
+from pipeline.native_ops import announced_if_slow
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO (arXiv 1910.02054): what is sharded over the ranks."""
+
+    stage: int = 1
+    """0 nothing, 1 optimizer state, 2 also gradients."""
+
+    def __post_init__(self) -> None:
+        """Refuse stages that are not there."""
+        if self.stage not in (0, 1, 2):
+            raise ConfigError(f"zero.stage: {self.stage} is not one of 0, 1, 2")
+
+
+@dataclass(kw_only=True)
+class Fragment:
+    """A contiguous piece of one parameter's float32 state that this rank owns.
+
+    Attributes:
+        parameter: the reference's name.
+        start: first element in the flattened parameter.
+        weight: (numel,) float32 master weights.
+        optimizer_state: name -> (numel,) tensors of the optimizer, empty before the first step.
+    """
+
+    parameter: str
+    start: int
+    weight: torch.Tensor
+    optimizer_state: dict[str, torch.Tensor]
+
+
+def start_process_group(world: World, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+    """Agree on a rendezvous over the control plane, start the collective library, and return this rank's device."""
+    host, cores = socket.gethostname(), sorted(os.sched_getaffinity(0))
+    places = world.allgather((host, cores))
+    hosts = [name for name, _ in places]
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that the launcher did not bind to cores of their own share them; more threads than cores thrash.
+        torch.set_num_threads(max(1, len(cores) // places.count((host, cores))))
+    local_rank = int(os.environ.get("SLURM_LOCALID", hosts[: world.rank].count(host)))
+    alone = len(set(hosts)) == 1
+    if alone:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    address, port = world.broadcast(_rendezvous(alone))
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(local_rank),
+        LOCAL_SIZE=str(hosts.count(host)),
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    with world.guard("device selection"):
+        device = select_device(local_rank)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    with announced_if_slow():
+        deepspeed.init_distributed(
+            dist_backend=communication_backend(device), auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
+    return device
+
+
+def stop_process_group() -> None:
+    """Leave the collective library; without it gloo sometimes aborts at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _rendezvous(alone: bool) -> tuple[str, int]:
+    """Return an address of this host that the other ranks reach, and a port that is free on it now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = int(probe.getsockname()[1])
+    if alone:
+        return "127.0.0.1", port
+    # srun tells the launching node's address; it needs no name service.
+    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostbyname(socket.gethostname()), port
+
+
+def build_engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    stage: int,
+    precision: str,
+    gradient_clipping: float,
+    global_batch_size: int,
+    micro_batch_size: int,
+) -> Any:
+    """Return a `deepspeed.DeepSpeedEngine` around `model`. The process group must have been started."""
+    import deepspeed
+
+    settings = {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_clipping": gradient_clipping,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        # Sums over thousands of ranks and micro-batches lose too much in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Use `learning_rate` in the next optimizer step of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer under DeepSpeed's wrapper."""
+    wrapped: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return wrapped
+
+
+def local_fragments(engine: Any, rank: int) -> Iterator[Fragment]:
+    """Yield the pieces of weights and optimizer state that this rank owns; together the ranks own each element once.
+
+    DeepSpeed flattens every parameter group and gives each rank an equal range of it; `_hp_mapping` says which piece
+    of which parameter lies in this rank's range (its universal checkpoint is made from the same addresses).
+    """
+    optimizer = base_optimizer(engine)
+    for name, parameter in engine.module.named_parameters():
+        if engine.zero_optimization_stage() == 0:
+            if rank == 0:
+                state = {key: value.view(-1) for key, value in _tensors_like(parameter, optimizer)}
+                yield Fragment(
+                    parameter=reference_name(name), start=0, weight=parameter.data.view(-1), optimizer_state=state
+                )
+            continue
+        mapping = parameter._hp_mapping  # noqa: SLF001 (DeepSpeed has no public name for it)
+        if mapping is None:
+            continue
+        flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
+        address = mapping.hp_fragment_address
+        piece = slice(address.start, address.start + address.numel)
+        yield Fragment(
+            parameter=reference_name(name),
+            start=mapping.lp_fragment_address.start,
+            weight=flat.data[piece],
+            optimizer_state={key: value[piece] for key, value in _tensors_like(flat, optimizer)},
+        )
+
+
+def allocate_optimizer_state(engine: Any, names: list[str], steps_done: float) -> None:
+    """Create zeroed optimizer state, as after `steps_done` steps, to be filled through `local_fragments`."""
+    optimizer = base_optimizer(engine)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            state["step"] = torch.tensor(float(steps_done), dtype=torch.float32)
+            for name in names:
+                state[name] = torch.zeros_like(parameter)
+
+
+def _tensors_like(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+    state = optimizer.state.get(parameter, {})
+    return [(key, value) for key, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape]

@@ -1,0 +1,1 @@
+"""The command line `rookery`: parses, calls the rooms, prints."""

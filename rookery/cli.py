@@ -1,0 +1,136 @@
+"""The commands of `rookery`. Every import of a room is inside its command: `rookery --help` starts no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import rookery.data
+from data_prep.world import World
+from rookery.display import training_display
+
+app = typer.Typer(
+    help="Train recurrent-depth language models on AMD and NVIDIA supercomputers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(rookery.data.app, name="data")
+
+BAD_INPUT = 12
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a YAML file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as in train.steps=1000.")
+]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, or a run directory for its newest one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train a run, or resume it from its newest intact checkpoint; under mpiexec or srun, on all ranks."""
+    world = World.discover()
+    with world.guard("configuration"):
+        from pipeline.config import load_config
+        from pipeline.train import train as run_training
+
+        resolved = load_config(config, overrides or [])
+    with training_display(resolved.name, resolved.train.steps, shown=world.rank == 0) as on_step:
+        code = run_training(resolved, world, on_step)
+    raise typer.Exit(code)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    depths: Annotated[str, typer.Option(help="Numbers of iterations, separated by commas.")] = "1,2,4,8,16,32",
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Dataset; default: the run's validation set.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Evaluate on the first rows only.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the validation loss at several depths."""
+    from pipeline.evaluate import evaluate_checkpoint, parse_depths
+    from rookery.display import evaluation_table
+
+    result = evaluate_checkpoint(checkpoint, parse_depths(depths), data=data, max_rows=max_rows)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        evaluation_table(result)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint in the layout of Hugging Face, and compare what was written with the checkpoint."""
+    from pipeline.export import export_checkpoint
+
+    difference = export_checkpoint(checkpoint, out)
+    if as_json:
+        print(json.dumps({"out": str(out), "max_abs_logit_diff": difference}))
+    else:
+        print(f"{out}: logits differ from the checkpoint's by at most {difference:.1e}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Write one self-contained HTML page about one run or several."""
+    from monitoring.report import write_report
+
+    write_report(runs, out)
+    print(f"{out}: open it in any browser; it loads nothing from elsewhere")
+
+
+@app.command()
+def smoke(
+    workdir: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the run.")] = Path("runs/smoke"),
+) -> None:
+    """Run the whole chain, small, on this machine: text, tokens, training, kill, resume, eval, export, report."""
+    from rookery.smoke import run_smoke
+
+    raise typer.Exit(run_smoke(workdir))
+
+
+def main() -> int:
+    """Run the command line; return the exit code of docs/architecture.md."""
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.TyperException as error:
+        # Every rank has the same arguments, so every rank is here.
+        if World.discover().rank == 0:
+            print(f"rookery: {error.format_message()} (see `rookery --help`)", file=sys.stderr)
+        return BAD_INPUT
+    except typer.Abort:
+        return 1
+    except Exception as error:
+        return _report_failure(error)
+
+
+def _report_failure(error: Exception) -> int:
+    code = BAD_INPUT if isinstance(error, ValueError) else 1
+    try:
+        world = World.discover()
+    except ValueError:  # the launcher and MPI disagree, which is the error itself
+        world = World()
+    if world.rank == 0 or not world.failed_together:
+        if code == BAD_INPUT:
+            print(f"rookery: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+    if not world.failed_together:
+        world.abort(code)
+    return code
