@@ -81,8 +81,8 @@ class World:
         world = cls(MPI.COMM_WORLD)
         if world.size != announced:
             raise LaunchError(
-                f"the launcher started {announced} ranks but MPI sees {world.size}: this MPI library and the launcher do"
-                " not belong together; use the mpiexec of the same MPI, or try another `srun --mpi=...`"
+                f"the launcher started {announced} ranks but MPI sees {world.size}: this MPI library and the launcher"
+                " do not belong together; use the mpiexec of the same MPI, or try another `srun --mpi=...`"
                 " (`srun --mpi=list`)"
             )
         return world

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+import torch.nn.functional as F
 
 BACKENDS = ("sdpa", "flash")
 

@@ -149,7 +149,9 @@ def save_checkpoint(
     return final
 
 
-def _write_shard(directory: Path, rank: int, fragments: Iterator[Fragment]) -> tuple[str, list[tuple[str, int, int]], list[str]]:
+def _write_shard(
+    directory: Path, rank: int, fragments: Iterator[Fragment]
+) -> tuple[str, list[tuple[str, int, int]], list[str]]:
     tensors: dict[str, torch.Tensor] = {}
     pieces: list[tuple[str, int, int]] = []
     states: set[str] = set()
@@ -159,12 +161,13 @@ def _write_shard(directory: Path, rank: int, fragments: Iterator[Fragment]) -> t
         for kind, tensor in {WEIGHT: fragment.weight, **fragment.optimizer_state}.items():
             tensors[_tensor_key(fragment.parameter, fragment.start, kind)] = tensor.detach().cpu().contiguous()
     name = f"shard-{rank:05d}.safetensors"
-    save_file(tensors, directory / name)
-    sync_path(directory / name)
+    save_tensors(tensors, directory / name)
     return name, pieces, sorted(states)
 
 
-def _merge_fragments(gathered: list[tuple[str, Any, list[tuple[str, int, int]], Any]]) -> dict[str, list[tuple[str, int, int]]]:
+def _merge_fragments(
+    gathered: list[tuple[str, Any, list[tuple[str, int, int]], Any]],
+) -> dict[str, list[tuple[str, int, int]]]:
     merged: dict[str, list[tuple[str, int, int]]] = {}
     for file, _, pieces, _ in gathered:
         for parameter, start, numel in pieces:
@@ -236,7 +239,9 @@ def _read_manifest(directory: Path) -> CheckpointManifest:
             raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT} {SCHEMA_VERSION}")
         manifest = CheckpointManifest(**{**fields, "progress": Progress(**fields["progress"])})
     except OSError:
-        raise CheckpointError(f"{path}: no such checkpoint; name a run directory or one of its checkpoints/step-* directories") from None
+        raise CheckpointError(
+            f"{path}: no such checkpoint; name a run directory or one of its checkpoints/step-* directories"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -279,6 +284,15 @@ def prune_checkpoints(run_dir: Path, keep_last: int) -> list[str]:
     for path in removed:
         shutil.rmtree(path)
     return [path.name for path in removed]
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file to disk with the permissions that the user's umask asks for."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)  # makes a new file that only its owner may read
+    path.chmod(mode)
+    sync_path(path)
 
 
 def file_sha256(path: Path) -> str:

@@ -22,9 +22,9 @@ from pipeline.depth import DepthConfig
 from pipeline.engine import ZeroConfig
 from pipeline.errors import ConfigError
 from pipeline.loader import DataConfig
-from pipeline.train import TrainConfig
 from pipeline.model import ModelConfig
 from pipeline.optim import OptimizerConfig
+from pipeline.train import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 SCHEMA_VERSION = 1
@@ -93,6 +93,18 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"override {override!r}: {error}") from None
     merged = cast(DictConfig, OmegaConf.merge(OmegaConf.create(raw), changes))
     return _to_run_config(merged)
+
+
+def config_from_record(record: dict[str, Any], origin: str) -> RunConfig:
+    """Return the configuration that `dataclasses.asdict` turned into `record`, as a checkpoint holds it.
+
+    Raises:
+        ConfigError: it is not one; the message begins with `origin`.
+    """
+    try:
+        return _to_run_config(OmegaConf.create(record))
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
 
 
 def to_yaml(config: RunConfig) -> str:

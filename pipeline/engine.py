@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,10 +16,10 @@ import torch.distributed
 from torch import nn
 
 from data_prep.world import World
+from pipeline import native_ops
 from pipeline.accelerator import communication_backend, select_device
 from pipeline.errors import ConfigError
 from pipeline.model import reference_name
-from pipeline.native_ops import announced_if_slow
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,9 @@ def start_process_group(world: World, timeout: timedelta = timedelta(minutes=10)
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    with announced_if_slow():
+    # DeepSpeed calls collectives by names that this PyTorch deprecates; nobody who runs a job can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with native_ops.loading():
         deepspeed.init_distributed(
             dist_backend=communication_backend(device), auto_mpi_discovery=False, verbose=False, timeout=timeout
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -194,9 +194,7 @@ class Recurrence(nn.Module):
                 with torch.no_grad():
                     state = self.iterate(state, injected, rotary)
             elif self.checkpoint_iterations and torch.is_grad_enabled():
-                state = checkpoint(
-                    self.iterate, state, injected, rotary, use_reentrant=False, preserve_rng_state=False
-                )
+                state = checkpoint(self.iterate, state, injected, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 state = self.iterate(state, injected, rotary)
             if trace is not None:
@@ -214,9 +212,7 @@ def _to_reference_names(module: nn.Module, state_dict: dict[str, Any], prefix: s
         state_dict[prefix + name.removeprefix(prefix + _LOOP)] = state_dict.pop(name)
 
 
-def _from_reference_names(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *load_arguments: object
-) -> None:
+def _from_reference_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *load_arguments: object) -> None:
     for child in ("adapter.", "core_block."):
         for name in [name for name in state_dict if name.startswith(prefix + child)]:
             state_dict[prefix + _LOOP + name.removeprefix(prefix)] = state_dict.pop(name)
@@ -328,7 +324,8 @@ class RecurrentDepthModel(nn.Module):
             else:
                 std = math.sqrt(1 / (5 * width * depth) if name.endswith("proj.weight") else 2 / (5 * width))
                 key = torch.tensor([stream_key(seed, reference_name(name))], device=parameter.device)
-                parameter.copy_(truncated_normal(key, *parameter.shape, std)[0])
+                rows, columns = parameter.shape
+                parameter.copy_(truncated_normal(key, rows, columns, std)[0])
 
 
 def stream_key(seed: int, *labels: int | str) -> int:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipeline.accelerator import select_device
 
@@ -17,8 +19,10 @@ _PATIENCE_SECONDS = 3.0
 
 
 @contextlib.contextmanager
-def announced_if_slow() -> Iterator[None]:
-    """Say on standard error why nothing happens, if the block takes longer than a cached load does."""
+def loading() -> Iterator[None]:
+    """Run a block in which DeepSpeed loads the operation; say on standard error if it has to be compiled."""
+    # DeepSpeed looks for ninja on PATH even when there is nothing to compile; pip put it beside the interpreter.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     notice = "compiling DeepSpeed's CPU collective (once, about a minute; cached by torch in TORCH_EXTENSIONS_DIR)"
     timer = threading.Timer(_PATIENCE_SECONDS, print, (notice,), {"file": sys.stderr, "flush": True})
     timer.daemon = True
@@ -38,7 +42,7 @@ def build() -> None:
         return
     from deepspeed.accelerator import get_accelerator
 
-    with announced_if_slow():
+    with loading():
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 

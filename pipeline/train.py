@@ -113,9 +113,7 @@ def train(config: RunConfig, world: World, on_step: Callable[[Record], None] = l
     run_dir = Path(config.run_dir)
     with world.guard("configuration"):
         config.train.check_world_size(world.size)
-        data, _ = open_manifests(
-            config.data, vocab_size=config.model.vocab_size, block_size=config.model.block_size
-        )
+        data, _ = open_manifests(config.data, vocab_size=config.model.vocab_size, block_size=config.model.block_size)
     with world.guard("checkpoint selection"):
         found, problems = _find_checkpoint(run_dir) if world.rank == 0 else (None, {})
     found = world.broadcast(found)
@@ -283,8 +281,13 @@ class Training:
         )
         if self._log is not None:
             removed = prune_checkpoints(self._run_dir, self._config.checkpoint.keep_last)
-            self._event("checkpoint", step=self.progress.step, path=path.name, removed=removed,
-                        seconds=time.perf_counter() - started)
+            self._event(
+                "checkpoint",
+                step=self.progress.step,
+                path=path.name,
+                removed=removed,
+                seconds=time.perf_counter() - started,
+            )
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._log is not None:

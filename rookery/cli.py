@@ -52,7 +52,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def evaluate(
     checkpoint: Checkpoint,
     depths: Annotated[str, typer.Option(help="Numbers of iterations, separated by commas.")] = "1,2,4,8,16,32",
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Dataset; default: the run's validation set.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Dataset; default: the run's validation set.")
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Evaluate on the first rows only.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -1,0 +1,72 @@
+"""Directories that appear under their final name whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.errors import DataError
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise a DataError if `out` exists: nothing that is there is ever overwritten."""
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out}: already exists and is never overwritten; remove it or name another --out")
+
+
+def partial_directory(out: Path) -> Path:
+    """Create and return a new hidden directory beside `out`, on the same file system, to be renamed to `out`.
+
+    Raises:
+        DataError: `out` exists, or nothing can be written beside it.
+    """
+    refuse_existing(out)
+    # Random, so that two builds of the same name never share one; not mkdtemp, whose 0700 locks a team out.
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise DataError(f"{partial}: cannot be created ({error.strerror}); name an --out you may write to") from error
+    return partial
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give `partial` its final name: its files reach the disk first, the name after them.
+
+    Files in subdirectories must be on disk already.
+
+    Raises:
+        DataError: something else took the name `out` meanwhile.
+    """
+    for path in partial.iterdir():
+        if path.is_file():
+            _sync(path)
+    _sync(partial)
+    refuse_existing(out)
+    partial.rename(out)
+    _sync(out.parent)
+
+
+@contextmanager
+def published_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `out` when the block ends, and vanishes when it raises."""
+    partial = partial_directory(out)
+    try:
+        yield partial
+        publish(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,327 @@
+"""The run log: append-only JSON lines inside the run directory, and the readers that merge a run's attempts.
+
+Layout (`docs/architecture.md`): `attempts/NNNN/outcome.json`, `metrics/NNNN.jsonl` (one record per optimizer step),
+`events.jsonl` (one record per event, all attempts). Plain files and no database: JSON lines survive a killed writer
+and need no file locks, which parallel file systems do badly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from io import FileIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+# JSON has no non-finite numbers; every language's number parser reads these strings.
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class RunLogError(ValueError):
+    """A run directory that cannot be read or written; the message names it and the next action."""
+
+
+class RunLog:
+    """The writing end, held by rank 0 alone.
+
+    Attributes:
+        run_dir: the run's directory.
+        attempt: number of this attempt, from 1.
+        attempt_dir: `run_dir/attempts/NNNN`, for whatever else belongs to this attempt.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int, metrics: FileIO, events: FileIO) -> None:
+        self.run_dir = run_dir
+        self.attempt = attempt
+        self.attempt_dir = _attempt_dir(run_dir, attempt)
+        self._metrics = metrics
+        self._events = events
+
+    @classmethod
+    def open(cls, run_dir: Path) -> RunLog:
+        """Start the next attempt, numbered after the highest there is; files of older attempts stay untouched.
+
+        Raises:
+            RunLogError: the directory cannot be written, or another process starts the same attempt.
+        """
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            attempt = max(attempts(run_dir), default=0) + 1
+            for folder in ("attempts", "metrics"):
+                (run_dir / folder).mkdir(exist_ok=True)
+            _attempt_dir(run_dir, attempt).mkdir()
+            metrics = _open_append(_metrics_path(run_dir, attempt))
+            events = _open_append(_events_path(run_dir))
+        except FileExistsError as error:
+            raise RunLogError(
+                f"cannot start an attempt in {run_dir}: {error.filename} is already there; if another job is starting"
+                " this run, let only one of them go on, otherwise choose another run directory"
+            ) from error
+        except OSError as error:
+            raise RunLogError(
+                f"cannot start an attempt in {run_dir}: {error.strerror} ({error.filename}); choose a run directory"
+                " that you can write"
+            ) from error
+        return cls(run_dir, attempt, metrics, events)
+
+    def step(self, record: Record) -> None:
+        """Append the record of one completed step; `attempt` is filled in.
+
+        It is on its way to the disk when this returns: killing the process loses nothing.
+        """
+        assert isinstance(record["step"], int), record
+        _append(self._metrics, record | {"attempt": self.attempt})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append an event with the time (unix seconds) and this attempt's number."""
+        assert not fields.keys() & {"time", "attempt"}, fields
+        _append(self._events, {"time": time.time(), "attempt": self.attempt, "kind": kind} | fields)
+
+    def outcome(self, exit_code: int, reason: str, **fields: Any) -> None:
+        """Write how this attempt ended; an attempt without an outcome was killed or still runs."""
+        record = {"exit_code": exit_code, "reason": reason, "time": time.time(), "attempt": self.attempt} | fields
+        write_atomic(self.attempt_dir / "outcome.json", _encode(record))
+
+    def close(self) -> None:
+        """Bring everything to the disk and close the files."""
+        for file in (self._metrics, self._events):
+            if not file.closed:
+                os.fsync(file.fileno())
+                file.close()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file that is complete whenever it is there: a reader sees the old content or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class JsonlFollower:
+    """Reads an append-only file of JSON lines as it grows.
+
+    A last line without its newline is not complete: it is left for a later poll. A complete line that is not an
+    object with the required field is skipped and counted.
+
+    Attributes:
+        path: the file; it may not exist yet.
+        damaged: number of lines skipped so far.
+    """
+
+    def __init__(self, path: Path, required: str, kind: type) -> None:
+        self.path = path
+        self.damaged = 0
+        self._required = required
+        self._kind = kind
+        self._offset = 0
+
+    def poll(self) -> list[Record]:
+        """Return the records completed since the last poll, in file order."""
+        records = []
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                record = _decode(line)
+                if record is not None and isinstance(record.get(self._required), self._kind):
+                    records.append(record)
+                elif line.strip():
+                    self.damaged += 1
+        return records
+
+
+class MetricsFollower(JsonlFollower):
+    """Reads one attempt's step records (`metrics/NNNN.jsonl`) as they are written, for progress displays."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "step", int)
+
+
+class EventsFollower(JsonlFollower):
+    """Reads a run's events (`events.jsonl`) as they are written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "kind", str)
+
+
+class Branches(NamedTuple):
+    """The step records of a run, told apart by whether the run still stands on them.
+
+    Attributes:
+        current: what the newest record descends from, sorted by step, each step once.
+        abandoned: the rest, in the order written: steps that were replayed later, or that the newest attempt went
+            back behind and has not reached again.
+        damaged: number of unreadable lines.
+    """
+
+    current: list[Record]
+    abandoned: list[Record]
+    damaged: int
+
+
+def attempts(run_dir: Path) -> list[int]:
+    """Return the numbers of all attempts, ascending."""
+    _require(run_dir)
+    names = [path.name for path in (run_dir / "attempts").glob("*")]
+    names += [path.stem for path in (run_dir / "metrics").glob("*.jsonl")]
+    return sorted({int(name) for name in names if name.isdecimal()})
+
+
+def read_attempt(run_dir: Path, attempt: int) -> list[Record]:
+    """Return one attempt's step records as written; none if it logged nothing."""
+    _require(run_dir)
+    return _read_attempt(run_dir, attempt)[0]
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """Return one record per step, the newest attempt's, sorted by step.
+
+    It holds every step that any attempt reached; `branches` tells which of them the run still stands on.
+    """
+    newest = {record["step"]: record for attempt in attempts(run_dir) for record in read_attempt(run_dir, attempt)}
+    return [newest[step] for step in sorted(newest)]
+
+
+def branches(run_dir: Path) -> Branches:
+    """Return the run's step records, split into the current branch and abandoned ones, in O(records)."""
+    current: list[Record] = []
+    abandoned: list[Record] = []
+    damaged = 0
+    for attempt in attempts(run_dir):
+        records, skipped = _read_attempt(run_dir, attempt)
+        damaged += skipped
+        for record in records:
+            # A step not after the last one means that training went back: all from there on is superseded.
+            left = len(current)
+            while left and current[left - 1]["step"] >= record["step"]:
+                left -= 1
+            abandoned += current[left:]
+            del current[left:]
+            current.append(record)
+    return Branches(current, abandoned, damaged)
+
+
+def replayed(run_dir: Path) -> list[tuple[Record, Record]]:
+    """Return (older, newer) records of steps that more than one attempt logged, sorted by step.
+
+    A step logged by three attempts gives two pairs: first and second, second and third.
+    """
+    versions: dict[int, dict[int, Record]] = {}
+    for attempt in attempts(run_dir):
+        for record in read_attempt(run_dir, attempt):
+            versions.setdefault(record["step"], {})[attempt] = record
+    return [pair for step in sorted(versions) for pair in pairwise(versions[step].values())]
+
+
+def read_events(run_dir: Path) -> list[Record]:
+    """Return the events of all attempts in the order written."""
+    _require(run_dir)
+    return EventsFollower(_events_path(run_dir)).poll()
+
+
+def read_outcome(run_dir: Path, attempt: int) -> Record | None:
+    """Return what the attempt's `outcome.json` says, or None if it left none that can be read."""
+    _require(run_dir)
+    try:
+        return _decode((_attempt_dir(run_dir, attempt) / "outcome.json").read_bytes())
+    except OSError:
+        return None
+
+
+def _require(run_dir: Path) -> None:
+    if not run_dir.is_dir():
+        raise RunLogError(f"no run directory {run_dir}: name the directory that `rookery train` wrote (run_dir=...)")
+
+
+def _attempt_dir(run_dir: Path, attempt: int) -> Path:
+    return run_dir / "attempts" / f"{attempt:04d}"
+
+
+def _metrics_path(run_dir: Path, attempt: int) -> Path:
+    return run_dir / "metrics" / f"{attempt:04d}.jsonl"
+
+
+def _events_path(run_dir: Path) -> Path:
+    return run_dir / "events.jsonl"
+
+
+def _read_attempt(run_dir: Path, attempt: int) -> tuple[list[Record], int]:
+    follower = MetricsFollower(_metrics_path(run_dir, attempt))
+    records = follower.poll()
+    for record in records:
+        record["attempt"] = attempt
+    return records, follower.damaged
+
+
+def _open_append(path: Path) -> FileIO:
+    """Open unbuffered for appending: every write is one system call, so lines of a killed writer are whole."""
+    file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "ab")
+    size = os.fstat(file.fileno()).st_size
+    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+        file.write(b"\n")  # end a line that a dying node left torn, or the next record would be lost with it
+    return file
+
+
+def _append(file: FileIO, record: Record) -> None:
+    line = _encode(record) + b"\n"
+    written = file.write(line)
+    if written != len(line):
+        raise OSError(f"only {written} of {len(line)} bytes of a record went into the log: is the disk full?")
+
+
+def _encode(record: Record) -> bytes:
+    try:
+        text = json.dumps(record, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # rare: a value is not finite
+        text = json.dumps(_spell_non_finite(record), allow_nan=False, separators=(",", ":"))
+    return text.encode()
+
+
+def _spell_non_finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "nan", "inf" or "-inf"
+    if isinstance(value, dict):
+        return {key: _spell_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell_non_finite(item) for item in value]
+    return value
+
+
+def _decode(text: bytes) -> Record | None:
+    """Return the object that the text holds, or None if it holds none."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    if b'"nan"' in text or b'inf"' in text:
+        return {key: _read_non_finite(value) for key, value in record.items()}
+    return record
+
+
+def _read_non_finite(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: _read_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_non_finite(item) for item in value]
+    return value

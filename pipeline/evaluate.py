@@ -1,0 +1,132 @@
+"""Loss at several depths from one pass of the loop: the state after i iterations is the same for every depth >= i."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data_prep.manifest import Manifest
+from data_prep.shards import RowReader
+from monitoring.runlog import write_atomic
+from pipeline.accelerator import select_device
+from pipeline.checkpoint import CheckpointReader, resolve_checkpoint
+from pipeline.config import RunConfig, config_from_record
+from pipeline.errors import ConfigError
+from pipeline.loader import MicroBatch, to_micro_batch
+from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
+
+_ROWS_PER_BATCH = 16
+
+
+def parse_depths(text: str) -> list[int]:
+    """Return the depths named in "1,2,4", ascending and each once.
+
+    Raises:
+        ConfigError: not a list of positive integers.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--depths {text!r}: not a comma-separated list of positive integers, as in 1,2,4,8")
+    return sorted({int(part) for part in parts})
+
+
+def load_model(reader: CheckpointReader, device: torch.device) -> tuple[RecurrentDepthModel, RunConfig]:
+    """Return the model of a checkpoint with its float32 weights, and the configuration that it was trained with."""
+    config = config_from_record(reader.manifest.config, str(reader.directory))
+    with torch.device("meta"):
+        model = RecurrentDepthModel(config.model, config.train.attention)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.weight(reference_name(name)))
+    return model.eval(), config
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, depths: list[int], *, data: Path | None = None, max_rows: int | None = None
+) -> dict[str, Any]:
+    """Measure the mean loss at each depth, and the state along the loop of the deepest; keep the result with the run.
+
+    Args:
+        checkpoint: a checkpoint, or a run for its newest intact one.
+        depths: numbers of iterations.
+        data: a dataset; the run's validation set if None.
+        max_rows: use the first rows only.
+
+    Returns:
+        step, tokens, loss {depth: nats a token}, state_rms and relative_residual (one value an iteration),
+        unigram_entropy of the dataset, mean_recurrence of the training, checkpoint.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: something named is missing, broken or does not fit.
+    """
+    reader = resolve_checkpoint(checkpoint)
+    device = select_device(0)
+    model, config = load_model(reader, device)
+    directory = Path(config.data.validation) if data is None else data
+    manifest = Manifest.load(directory)
+    if manifest.tokenizer_sha256 != reader.manifest.tokenizer_sha256:
+        raise ConfigError(f"{directory}: built with another tokenizer than {reader.directory} was trained with")
+    if manifest.sequence_length > config.model.block_size:
+        raise ConfigError(
+            f"{directory}: sequences of {manifest.sequence_length} tokens exceed model.block_size ="
+            f" {config.model.block_size}; rebuild it with --sequence-length {config.model.block_size}"
+        )
+    rows = manifest.rows if max_rows is None else min(max_rows, manifest.rows)
+    losses = dict.fromkeys(depths, 0.0)
+    traces = []
+    row_reader = RowReader(directory, manifest)
+    for start in range(0, rows, _ROWS_PER_BATCH):
+        samples = np.arange(start, min(start + _ROWS_PER_BATCH, rows), dtype=np.int64)
+        batch = to_micro_batch(samples, np.stack([row_reader.row(int(row)) for row in samples]))
+        trace = _add_losses(model, batch, losses, config.seed, device)
+        traces.append((len(samples), trace.to_lists()))
+    row_reader.close()
+    result = {
+        **dataclasses.asdict(reader.manifest.progress),
+        "checkpoint": str(reader.directory),
+        "tokens": rows * manifest.sequence_length,
+        "loss": {str(depth): total / (rows * manifest.sequence_length) for depth, total in losses.items()},
+        **{name: _weighted_mean(traces, name) for name in ("state_rms", "relative_residual")},
+        "unigram_entropy": manifest.unigram_entropy,
+        "mean_recurrence": config.depth.mean_recurrence,
+    }
+    if data is None and max_rows is None:
+        _keep(reader, result)
+    return result
+
+
+@torch.no_grad()
+def _add_losses(
+    model: RecurrentDepthModel, batch: MicroBatch, losses: dict[int, float], seed: int, device: torch.device
+) -> Trace:
+    """Add the summed loss of a batch at every depth of `losses`; return what the loop did."""
+    trace = Trace(keep=frozenset(losses))
+    keys = torch.tensor([stream_key(seed, "evaluation", int(sample)) for sample in batch.samples], device=device)
+    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    model.latent(input_ids, model.initial_state(keys, input_ids.shape[1]), (max(losses), 0), trace)
+    for depth, state in trace.states.items():
+        logits = model.logits(state).flatten(0, 1)
+        losses[depth] += float(F.cross_entropy(logits, labels.flatten(), reduction="sum"))
+    return trace
+
+
+def _weighted_mean(traces: list[tuple[int, dict[str, list[float]]]], name: str) -> list[float]:
+    weights = np.array([weight for weight, _ in traces], dtype=np.float64)
+    values: list[float] = np.average([series[name] for _, series in traces], axis=0, weights=weights).tolist()
+    return values
+
+
+def _keep(reader: CheckpointReader, result: dict[str, Any]) -> None:
+    run_dir = reader.directory.parent.parent
+    if not (run_dir / "run.yaml").is_file():  # a checkpoint that was copied out of its run
+        return
+    folder = run_dir / "eval"
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / f"{reader.directory.name}.json", json.dumps(result).encode())

@@ -1,0 +1,268 @@
+"""The report file: self-contained, bounded, the same for the same runs, and never taken over by a run's text."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monitoring.report import write_report
+from monitoring.runlog import RunLog, RunLogError
+from monitoring.runview import read_runs
+from tests.monitoring.sample_run import TOKENS_PER_STEP, build_run, evaluation, step_record
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+def _write(runs: list[Path], out: Path) -> str:
+    write_report(runs, out)
+    return out.read_text()
+
+
+def _figures(page: str) -> dict[str, Any]:
+    packed = re.search(r'id="figures">([^<]*)<', page)
+    assert packed
+    figures: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    return figures
+
+
+def _traces(page: str, panel: str, name: str) -> list[dict[str, Any]]:
+    return [trace for trace in _figures(page)[panel]["traces"] if trace["name"].startswith(name)]
+
+
+class _Elements(HTMLParser):
+    """Tags and attributes of a page, and its text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] not in {"script", "style"}:
+            self.text += data
+
+
+def test_the_tables_tell_how_the_run_went(tmp_path: Path) -> None:
+    text = _Elements(_write([build_run(tmp_path / "night-run")], tmp_path / "report.html")).text
+    best = min(evaluation(100)["loss"].values())
+    for expected in (
+        "night-run",
+        f"{100 * TOKENS_PER_STEP:,}",
+        f"{step_record(100)['loss']:.4f}",
+        f"{best:.4f} at r = 16, step 100",
+        "killed",
+        "51 to 100",
+        "finished: reached step 100",
+        "10 step records superseded by a later attempt, 10 of them replayed: bitwise equal losses.",
+        "step 50, checkpoint checkpoints/step-00000050",
+        "seed: 0",
+    ):
+        assert expected in text
+
+
+def test_the_loss_panel_shows_every_step_its_depth_and_what_was_replayed(tmp_path: Path) -> None:
+    page = _write([build_run(tmp_path / "run")], tmp_path / "report.html")
+    (dots,) = _traces(page, "loss", "step")
+    (rings,) = _traces(page, "loss", "abandoned")
+    assert [about[0] for about in dots["customdata"]] == list(range(1, 101))
+    assert [about[1] for about in dots["customdata"]] == [sum(step_record(s)["num_steps"]) for s in range(1, 101)]
+    assert {about[2] for about in dots["customdata"][50:]} == {2}
+    assert [about[0] for about in rings["customdata"]] == list(range(51, 61))
+    assert len(set(dots["marker"]["color"])) > 5
+    (mark,) = _figures(page)["loss"]["layout"]["shapes"]
+    assert mark["x0"] == 51 * TOKENS_PER_STEP
+
+
+def test_the_newest_evaluation_gives_the_curves_over_depth_and_iterations(tmp_path: Path) -> None:
+    page = _write([build_run(tmp_path / "run")], tmp_path / "report.html")
+    newest = evaluation(100)
+    lines = _traces(page, "loss-depth", "evaluation")
+    assert lines[-1]["x"] == [1, 2, 4, 8, 16]
+    assert lines[-1]["y"] == pytest.approx(list(newest["loss"].values()), rel=1e-5)
+    assert lines[0]["customdata"][0] == [50]
+    assert _figures(page)["loss-depth"]["layout"]["xaxis"]["type"] == "log"
+    (residual,) = _figures(page)["residual"]["traces"]
+    assert residual["x"] == list(range(1, 17))
+    assert residual["y"] == pytest.approx(newest["relative_residual"], rel=1e-5)
+    assert _figures(page)["residual"]["layout"]["yaxis"]["type"] == "log"
+
+
+def test_a_probe_newer_than_every_evaluation_is_shown_instead(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run")
+    (run_dir / "eval" / "step-00000100.json").unlink()
+    (rms,) = _figures(_write([run_dir], tmp_path / "report.html"))["state-rms"]["traces"]
+    assert rms["customdata"][0] == [100]
+    assert "training probe" in rms["hovertemplate"]
+
+
+def test_runs_overlay_and_are_told_apart_by_name(tmp_path: Path) -> None:
+    runs = [build_run(tmp_path / "a" / "smoke"), build_run(tmp_path / "b" / "smoke", seed=1)]
+    page = _write(runs, tmp_path / "report.html")
+    for panel, figure in _figures(page).items():
+        assert {trace["meta"] for trace in figure["traces"]} == {"a/smoke", "b/smoke"}, panel
+        assert {trace["legendgroup"] for trace in figure["traces"]} == {"run-0", "run-1"}, panel
+    assert "2 runs" in _Elements(page).text
+
+
+@pytest.mark.parametrize(
+    ("remove", "stated"),
+    [
+        ("eval", "No evaluation yet."),
+        ("metrics", "No training step logged yet."),
+        ("attempts", "killed"),
+        ("events.jsonl", "No event yet."),
+        ("run.yaml", "no run.yaml"),
+    ],
+)
+def test_a_missing_part_is_a_stated_gap(tmp_path: Path, remove: str, stated: str) -> None:
+    run_dir = build_run(tmp_path / "run")
+    (run_dir / remove).rename(tmp_path / "removed")
+    assert stated in _Elements(_write([run_dir], tmp_path / "report.html")).text
+
+
+def _tear_evaluation(run_dir: Path) -> None:
+    (run_dir / "eval" / "step-00000050.json").write_text('{"step": 50, "lo')
+
+
+def _tear_log(run_dir: Path) -> None:
+    path = run_dir / "metrics" / "0001.jsonl"
+    path.write_bytes(b"garbage\n" + path.read_bytes()[:-20])
+
+
+def _log_wrong_types(run_dir: Path) -> None:
+    log = RunLog.open(run_dir)
+    fields = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "num_steps", "state_rms", "time")
+    wrong: tuple[Any, ...] = (None, "text", [], {}, [None], True, -1, 0, 1e300)
+    for step, value in enumerate(wrong, start=101):
+        log.step({"step": step} | dict.fromkeys(fields, value))
+    log.event("alarm", time_of_day=None)
+    log.outcome(137, "")
+
+
+def _log_no_finite_loss(run_dir: Path) -> None:
+    log = RunLog.open(run_dir)
+    log.step(step_record(1) | {"loss": float("nan"), "grad_norm": float("inf")})
+    log.step({"step": 2})
+
+
+@pytest.mark.parametrize(
+    ("damage", "stated"),
+    [
+        (_tear_evaluation, "eval/step-00000050.json cannot be read as an evaluation"),
+        (_tear_log, "1 unreadable line in the log skipped"),
+        (_log_wrong_types, "crashed with exit code 137"),
+        (_log_no_finite_loss, "still running, or killed"),
+    ],
+)
+def test_damage_is_said_and_never_a_crash(tmp_path: Path, damage: Callable[[Path], None], stated: str) -> None:
+    run_dir = build_run(tmp_path / "run")
+    damage(run_dir)
+    assert stated in _Elements(_write([run_dir], tmp_path / "report.html")).text
+
+
+def test_a_loss_that_is_not_finite_is_marked_in_the_plot_and_the_table(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    log = RunLog.open(run_dir)
+    for step in range(1, 20):
+        log.step(step_record(step))
+    log.step(step_record(20) | {"loss": float("nan")})
+    page = _write([run_dir], tmp_path / "report.html")
+    (marks,) = _traces(page, "loss", "not finite")
+    assert [about[0] for about in marks["customdata"]] == [20]
+    assert "nan" in _Elements(page).text
+
+
+def test_an_exploding_loss_gets_a_logarithmic_axis(tmp_path: Path) -> None:
+    log = RunLog.open(tmp_path / "run")
+    for step in range(1, 9):
+        log.step(step_record(step) | {"loss": 10.0**step})
+    page = _write([tmp_path / "run"], tmp_path / "report.html")
+    assert _figures(page)["loss"]["layout"]["yaxis"]["type"] == "log"
+
+
+def test_text_of_a_run_stays_text(tmp_path: Path) -> None:
+    plain = _Elements(_write([build_run(tmp_path / "run")], tmp_path / "report.html")).tags
+    run_dir = build_run(tmp_path / HOSTILE.replace("/", ""))
+    log = RunLog.open(run_dir)
+    log.event(HOSTILE, details=HOSTILE, nested={HOSTILE: [HOSTILE]})
+    log.outcome(1, HOSTILE)
+    (run_dir / "run.yaml").write_text(HOSTILE)
+    (run_dir / "eval" / f"step-{HOSTILE.replace('/', '')}.json").write_text("{")
+    page = _write([run_dir], tmp_path / "report.html")
+    elements = _Elements(page)
+    assert set(elements.tags) - set(plain) == {"ul", "li"}  # the warning about the unreadable evaluation
+    assert elements.tags.count("script") == plain.count("script")
+    assert not [name for name, _ in elements.attributes if name.startswith("on")]
+    assert HOSTILE in elements.text
+    assert "&lt;img" in _traces(page, "loss", "step")[0]["meta"]
+
+
+def test_the_file_refers_to_nothing_outside_and_forbids_it(tmp_path: Path) -> None:
+    page = _write([build_run(tmp_path / "run")], tmp_path / "report.html")
+    elements = _Elements(page)
+    assert "http:" not in page.lower()
+    assert "https:" not in page.lower()
+    assert "@import" not in page
+    assert [value for name, value in elements.attributes if name in {"src", "href", "action"}] == ["data:,"]
+    (policy,) = [value for _, value in elements.attributes if value and value.startswith("default-src")]
+    assert policy.startswith("default-src 'none';")
+    scripts = policy.split("script-src ")[1].split()
+    assert len(scripts) == 2
+    assert all(source.startswith("'sha256-") for source in scripts)
+
+
+def test_a_long_comparison_stays_small_and_keeps_spikes(tmp_path: Path) -> None:
+    runs = [tmp_path / f"run-{seed}" for seed in range(3)]
+    for seed, run_dir in enumerate(runs):
+        log = RunLog.open(run_dir)
+        for step in range(1, 6001):
+            log.step(step_record(step, seed) | ({"loss": 77.0 + seed} if step == 4321 else {}))
+    page = _write(runs, tmp_path / "report.html")
+    assert len(page) <= 5_000_000
+    for figure in _figures(page).values():
+        assert all(len(trace["x"]) <= 4000 for trace in figure["traces"])
+    assert [max(trace["y"]) for trace in _traces(page, "loss", "step")] == [77.0, 78.0, 79.0]
+
+
+def test_the_same_runs_give_the_same_file(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run", steps=20, killed_at=9, resumed_from=5)
+    first = _write([run_dir], tmp_path / "one.html")
+    assert _write([run_dir], tmp_path / "folder" / "two.html") == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "one.html", "run"]
+
+
+def test_bad_requests_name_the_place_and_leave_an_old_report_alone(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run", steps=20, killed_at=9, resumed_from=5)
+    out = tmp_path / "report.html"
+    out.write_text("old")
+    with pytest.raises(RunLogError, match=r"no run directory .*nowhere"):
+        write_report([run_dir, tmp_path / "nowhere"], out)
+    with pytest.raises(RunLogError, match=r"run directory .*run is named twice"):
+        write_report([run_dir, run_dir / ".." / "run"], out)
+    with pytest.raises(RunLogError, match="at least one run directory"):
+        write_report([], out)
+    assert out.read_text() == "old"
+    with pytest.raises(RunLogError, match=r"cannot write the report .*run.yaml.*choose another file"):
+        write_report([run_dir], run_dir / "run.yaml" / "report.html")
+
+
+def test_the_newest_attempt_of_a_run_may_still_be_running(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run", steps=20, killed_at=9, resumed_from=5)
+    RunLog.open(run_dir)
+    (view,) = read_runs([run_dir])
+    endings = [attempt.ending for attempt in view.attempts]
+    assert endings == ["killed", "finished: reached step 20", "still running, or killed"]
