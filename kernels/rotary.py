@@ -7,7 +7,8 @@ import torch
 
 def rotary_table(length: int, head_dim: int, base: float, device: torch.device | None = None) -> torch.Tensor:
     """Return cos and sin of position * base^(-2i/head_dim): (1, length, 1, head_dim / 2, 2), float32."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    # In this order of operations the table equals the reference's bit for bit.
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)[None, :, None]
 

@@ -213,9 +213,11 @@ def _histogram_panel(runs: Sequence[RunView]) -> Panel:
         counts = Counter(r for r in map(depth, run.current) if r is not None)
         drawn = sorted(counts)
         total = counts.total() or 1
-        trace = base_trace(
-            index, run, "drawn depth", {"type": "bar", "marker": {"color": run_colour(index), "opacity": 0.7}}
-        )
+        colour = run_colour(index)
+        kind: Json = {"type": "bar", "marker": {"color": colour, "opacity": 0.7}}
+        if len(runs) > 1:  # bars would hide each other
+            kind = {"type": "scatter", "mode": "lines", "line": {"color": colour, "shape": "hvh", "width": 1.5}}
+        trace = base_trace(index, run, "drawn depth", kind)
         trace |= {"x": drawn, "y": [short(100 * counts[r] / total) for r in drawn]}
         trace |= {"customdata": [[counts[r]] for r in drawn]}
         trace["hovertemplate"] = "%{meta}<br>r = %{x}: %{customdata[0]:,} steps (%{y:.1f} %)<extra></extra>"
@@ -226,7 +228,7 @@ def _histogram_panel(runs: Sequence[RunView]) -> Panel:
         "Drawn depth",
         "How often each depth was drawn; a step's time and loss depend on it.",
         _nonempty(traces),
-        layout | {"barmode": "overlay", "bargap": 0.1},
+        layout | {"bargap": 0.1},
         "No drawn depth logged yet.",
     )
 
@@ -282,7 +284,7 @@ def _steps_panel(
         trace["hovertemplate"] = "%{meta}, step %{x:,}<br>%{y:.4g} at r = %{customdata[0]}<extra></extra>"
         traces.append(trace)
         if not raw_only:
-            trace["opacity"] = 0.35
+            trace["opacity"] = 0.35 if len(runs) == 1 else 0.15
             span = _span(len(points.x))
             line = line_trace(index, run, points.smoothed(span).thinned(limit), f"mean of ~{span} steps")
             traces.append(line | {"line": {"color": run_colour(index), "width": 2}})

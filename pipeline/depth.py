@@ -39,6 +39,11 @@ class DepthConfig:
             raise ConfigError(f"depth.mean_recurrence: {self.mean_recurrence} is not positive")
         if self.mean_backprop_depth < 1:
             raise ConfigError(f"depth.mean_backprop_depth: {self.mean_backprop_depth} is not positive")
+        if self.mean_backprop_depth > self.mean_recurrence:
+            raise ConfigError(
+                f"depth.mean_backprop_depth: {self.mean_backprop_depth} exceeds depth.mean_recurrence ="
+                f" {self.mean_recurrence}, so the mean could not be kept; lower it to at most {self.mean_recurrence}"
+            )
         if self.sigma < 0.0:
             raise ConfigError(f"depth.sigma: {self.sigma} is negative")
 

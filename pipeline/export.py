@@ -91,7 +91,8 @@ def hugging_face_config(config: RunConfig, tokenizer: Tokenizer) -> dict[str, An
         "mean_backprop_depth": config.depth.mean_backprop_depth,
         **vars(model),
         "n_layers": model.n_layers_in_prelude + model.n_layers_in_recurrent_block + model.n_layers_in_coda,
-        "rope_base": int(model.rope_base),
+        # Tools that do not know the architecture take the longest context from here.
+        "max_position_embeddings": model.block_size,
         # The reference rounds the vocabulary up to this; it must leave ours as it is.
         "padding_multiple": math.gcd(model.vocab_size, 4096),
         "tie_embeddings": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from data_prep.order import sample_rows
 from data_prep.shards import RowReader
 from data_prep.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 
 @dataclass(kw_only=True)
@@ -81,31 +84,31 @@ class Loader:
         self._reader.close()
 
 
-def open_manifests(config: DataConfig, *, vocab_size: int, block_size: int) -> tuple[Manifest, Manifest]:
-    """Return the manifests of the training and validation data, checked against the tokenizer and the model.
+def open_training_data(config: RunConfig) -> Manifest:
+    """Return the manifest of the training data, once it and the validation data fit the tokenizer and the model.
 
     Raises:
         DataError: a directory, manifest, part or tokenizer is missing or broken.
         ConfigError: they do not fit each other or the model.
     """
-    tokenizer = Tokenizer.load(Path(config.tokenizer))
-    if tokenizer.vocab_size > vocab_size:
+    data, model = config.data, config.model
+    tokenizer = Tokenizer.load(Path(data.tokenizer))
+    if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of {config.tokenizer};"
-            f" set model.vocab_size={tokenizer.vocab_size} or train a smaller tokenizer"
+            f"model.vocab_size: {model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of"
+            f" {data.tokenizer}; set model.vocab_size={tokenizer.vocab_size} or train a smaller tokenizer"
         )
-    manifests = []
-    for key, directory in (("data.train", config.train), ("data.validation", config.validation)):
-        manifest = Manifest.load(Path(directory))
+    manifests = {}
+    for key, directory in (("data.train", data.train), ("data.validation", data.validation)):
+        manifest = manifests[key] = Manifest.load(Path(directory))
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise ConfigError(
-                f"{key}: {directory} was built with another tokenizer than data.tokenizer = {config.tokenizer};"
+                f"{key}: {directory} was built with another tokenizer than data.tokenizer = {data.tokenizer};"
                 " name the one it was built with, or rebuild it"
             )
-        if manifest.sequence_length > block_size:
+        if manifest.sequence_length > model.block_size:
             raise ConfigError(
                 f"{key}: {directory} has sequences of {manifest.sequence_length} tokens, more than model.block_size ="
-                f" {block_size}; rebuild with --sequence-length {block_size} or raise model.block_size"
+                f" {model.block_size}; rebuild with --sequence-length {model.block_size} or raise model.block_size"
             )
-        manifests.append(manifest)
-    return manifests[0], manifests[1]
+    return manifests["data.train"]

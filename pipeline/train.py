@@ -40,12 +40,13 @@ from pipeline.engine import (
     allocate_optimizer_state,
     build_engine,
     local_fragments,
+    optimizer_step,
     set_learning_rate,
     start_process_group,
     stop_process_group,
 )
 from pipeline.errors import CheckpointError, ConfigError, ExitCode
-from pipeline.loader import Loader, MicroBatch, open_manifests
+from pipeline.loader import Loader, MicroBatch, open_training_data
 from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
 from pipeline.optim import build_optimizer, learning_rate
 
@@ -113,7 +114,10 @@ def train(config: RunConfig, world: World, on_step: Callable[[Record], None] = l
     run_dir = Path(config.run_dir)
     with world.guard("configuration"):
         config.train.check_world_size(world.size)
-        data, _ = open_manifests(config.data, vocab_size=config.model.vocab_size, block_size=config.model.block_size)
+        # One rank looks at the files; thousands of ranks that stat every shard bring a file system down.
+        opened = open_training_data(config) if world.rank == 0 else None
+    data = world.broadcast(opened)
+    assert data is not None
     with world.guard("checkpoint selection"):
         found, problems = _find_checkpoint(run_dir) if world.rank == 0 else (None, {})
     found = world.broadcast(found)
@@ -228,12 +232,12 @@ class Training:
         set_learning_rate(self._engine, rate)
         trace = Trace() if self._log is not None and (step + 1) % config.train.probe_every == 0 else None
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        tokens = 0
+        tokens, gradient_norm = 0, math.nan
         batches = self._loader.micro_batches(self.progress.samples, self._world.rank, self._world.size)
         for index, batch in enumerate(batches):
             loss = self._forward(batch, depth, trace if index == 0 else None)
             self._engine.backward(loss)
-            self._engine.step()
+            gradient_norm = optimizer_step(self._engine, config.optimizer.gradient_clipping)
             loss_sum += loss.detach().double() * batch.labels.numel()
             tokens += batch.labels.numel()
         synchronize(self._device)
@@ -248,7 +252,7 @@ class Training:
             **dataclasses.asdict(self.progress),
             "time": time.time(),
             "loss": total_loss / total_tokens,
-            "grad_norm": float(self._engine.get_global_grad_norm()),
+            "grad_norm": gradient_norm,
             "lr": rate,
             "num_steps": list(depth),
             "seconds": seconds,

@@ -21,7 +21,7 @@ Inputs = Annotated[
     list[Path],
     typer.Option("--input", metavar="PATH...", help="File, directory of text files, or .list file; may be repeated."),
 ]
-MoreInputs = Annotated[list[Path] | None, typer.Argument(metavar="", help="More inputs: the paths after --input.")]
+MoreInputs = Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More inputs, as after --input.")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a dataset.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

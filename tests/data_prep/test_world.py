@@ -1,0 +1,63 @@
+"""Ranks agree on failures: one message, no hang, the right kind of error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from data_prep.world import World, launched_size
+from slurm.local import rank_command, rank_environment
+
+PROGRAM = """
+import sys
+from data_prep.world import World
+world = World.discover()
+try:
+    with world.guard("opening the data"):
+        if world.rank == 1:
+            raise {error}
+except Exception as error:
+    print(world.rank, type(error).__name__, isinstance(error, ValueError), error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "peer", "is_input"),
+    [("ValueError('no such file: x')", "PeerInputError", True), ("OSError('disk full')", "PeerError", False)],
+)
+def test_a_failure_on_one_rank_reaches_every_rank(error: str, peer: str, is_input: bool) -> None:
+    command = rank_command(3, [sys.executable, "-c", PROGRAM.format(error=error)])
+    done = subprocess.run(command, env=rank_environment(3), capture_output=True, text=True, timeout=60, check=True)
+    message = error.split("'")[1]
+    own = error.split("(", maxsplit=1)[0]
+    assert sorted(done.stdout.splitlines()) == [
+        f"0 {peer} {is_input} {message} (rank 1, opening the data)",
+        f"1 {own} {is_input} {message}",
+        f"2 {peer} {is_input} {message} (rank 1, opening the data)",
+    ]
+
+
+def test_singletons_of_a_wrong_launcher_are_refused() -> None:
+    """Each of two processes is told that it is one of two, by variables that this MPI does not read."""
+    program = "from data_prep.world import World; World.discover()"
+    environment = {**rank_environment(1), "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "the launcher started 2 ranks but MPI sees 1" in done.stderr
+
+
+def test_the_size_is_read_from_steps_and_not_from_batch_scripts() -> None:
+    assert launched_size({}) is None
+    assert launched_size({"SLURM_NTASKS": "8"}) is None
+    assert launched_size({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}) == 8
+    assert launched_size({"PMI_SIZE": "4", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}) == 4
+
+
+def test_a_plain_process_is_one_rank() -> None:
+    world = World()
+    with world.guard("anything"):
+        assert world.allgather("x") == ["x"]
+    with pytest.raises(ValueError, match="mine"), world.guard("anything"):
+        raise ValueError("mine")

@@ -1,0 +1,106 @@
+"""Configurations resolve in a fixed precedence, round-trip, and refuse what they do not know."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import RunConfig, config_from_record, load_config, shipped_configs, to_yaml
+from pipeline.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_configuration_resolves_and_round_trips(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(str(path)) == config
+    assert config_from_record(dataclasses.asdict(config), "somewhere") == config
+
+
+def test_precedence_is_default_then_preset_then_file_then_override(tmp_path: Path) -> None:
+    tree = yaml.safe_load(to_yaml(load_config("smoke")))
+    tree["model"] = {"preset": "tiny", "n_embd": 64}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    config = load_config(str(path), ["model.intermediate_size=40", "seed=5"])
+    assert (config.model.n_embd, config.model.intermediate_size, config.model.n_heads, config.seed) == (64, 40, 4, 5)
+    other = load_config(str(path), ["model=huginn-150m"])
+    assert (other.model.n_embd, other.model.n_heads) == (64, 16)
+
+
+def test_the_run_directory_follows_the_name() -> None:
+    assert load_config("smoke", ["name=first"]).run_dir == "runs/first"
+    assert load_config("smoke", ["run_dir=elsewhere"]).run_dir == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=3"], r"train\.stepz: unknown key \(did you mean 'steps'\?\); valid: steps, "),
+        (["trian.steps=3"], r"trian: unknown key \(did you mean 'train'\?\)"),
+        (["train.steps=many"], r"train\.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        (["train.steps=2.5"], r"train\.steps: .*2\.5"),
+        (["train.checkpoint_iterations=perhaps"], r"train\.checkpoint_iterations: .*perhaps"),
+        (["optimizer.learning_rate=null"], r"optimizer\.learning_rate: "),
+        (["depth=3"], r"depth: 3 is not a section"),
+        (["model=tinny"], r"no model preset 'tinny' \(did you mean 'tiny'\?\)"),
+        (["steps"], r"override 'steps' is not of the form key=value"),
+        (["name=[1"], r"override 'name=\[1': the value is not valid YAML"),
+        (["zero.stage=4"], r"zero\.stage: 4"),
+        (["checkpoint.keep_last=1"], r"checkpoint\.keep_last: 1"),
+        (["schema_version=9"], r"schema_version: 9"),
+        (["run_dir=${nowhere}"], r"run_dir: .*nowhere"),
+    ],
+)
+def test_bad_overrides_are_refused_with_path_value_and_help(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("smoke", overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "the top level must map"),
+        ("", "the top level must map"),
+        ("name: x", "model: a value is required"),
+    ],
+)
+def test_bad_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))
+
+
+def test_an_unknown_name_lists_what_ships() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'smoke'\?\); shipped: .*huginn-3\.5b"):
+        load_config("smok")
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+
+    def keys(schema: type, prefix: str = "") -> list[str]:
+        found: list[str] = []
+        for item in dataclasses.fields(schema):
+            kind = RunConfig.__dataclass_fields__.get(item.name)
+            nested = _section(schema, item.name) if kind is not None else None
+            found += keys(nested, f"{prefix}{item.name}.") if nested else [prefix + item.name]
+        return found
+
+    missing = [key for key in keys(RunConfig) if f"`{key}`" not in text]
+    assert not missing
+
+
+def _section(schema: type, name: str) -> type | None:
+    import typing
+
+    hint = typing.get_type_hints(schema)[name]
+    return hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None

@@ -1,0 +1,104 @@
+"""Evaluation and export of a trained run, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep.tokenizer import Tokenizer
+from pipeline.checkpoint import resolve_checkpoint
+from pipeline.errors import CheckpointError
+from pipeline.evaluate import load_model
+from pipeline.export import load_export
+from tests.ranks import rookery
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    for name in ("tokenizer", "data", "test.yaml"):
+        (root / name).symlink_to(corpus / name)
+    done = rookery("train", "test.yaml", "train.steps=8", cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_eval_measures_every_depth_and_keeps_the_result(trained: Path) -> None:
+    done = rookery("eval", "run", "--depths", "4,1,8", "--json", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert list(result["loss"]) == ["1", "4", "8"]
+    assert len(result["state_rms"]) == len(result["relative_residual"]) == 8
+    assert result["step"] == 8
+    assert json.loads((trained / "run/eval/step-00000008.json").read_text()) == result
+
+
+def test_eval_agrees_with_a_plain_forward_pass(trained: Path) -> None:
+    from data_prep.manifest import Manifest
+    from data_prep.shards import RowReader
+    from pipeline.model import stream_key
+
+    done = rookery("eval", "run", "--depths", "2,3", "--max-rows", "5", "--json", cwd=trained)
+    reader = resolve_checkpoint(trained / "run")
+    model, config = load_model(reader, torch.device("cpu"))
+    rows = RowReader(trained / "data/validation", Manifest.load(trained / "data/validation"))
+    tokens = torch.stack([torch.from_numpy(rows.row(row).astype("int64")) for row in range(5)])
+    keys = torch.tensor([stream_key(config.seed, "evaluation", row) for row in range(5)])
+    with torch.no_grad():
+        for depth in (2, 3):
+            loss = model(tokens[:, :-1], model.initial_state(keys, 32), (0, depth), tokens[:, 1:])
+            assert json.loads(done.stdout)["loss"][str(depth)] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_export_is_a_copy_that_reads_back_with_its_tokenizer(trained: Path) -> None:
+    done = rookery("export", "run", "export", "--json", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["max_abs_logit_diff"] <= 1e-5
+    names = {path.name for path in (trained / "export").iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((trained / "export/config.json").read_text())
+    assert config["model_type"] == "huginn_raven"
+    assert "tie_word_embeddings" not in config
+    weights = load_file(trained / "export/model.safetensors")
+    assert weights["freqs_cis"].shape == (1, 32, 1, 4, 2)
+    reader = resolve_checkpoint(trained / "run")
+    for name, tensor in load_export(trained / "export").state_dict().items():
+        assert torch.equal(tensor, reader.weight(name)), name
+    assert Tokenizer.load(trained / "export").sha256 == reader.manifest.tokenizer_sha256
+
+
+def test_an_export_with_a_missing_weight_is_refused(trained: Path, tmp_path: Path) -> None:
+    assert rookery("export", "run", str(tmp_path / "export"), cwd=trained).returncode == 0
+    weights = load_file(tmp_path / "export/model.safetensors")
+    del weights["transformer.adapter.weight"]
+    save_file(weights, tmp_path / "export/model.safetensors")
+    with pytest.raises(CheckpointError, match="adapter"):
+        load_export(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere"], "nowhere"),
+        (["eval", "run", "--depths", "1,zero"], "--depths '1,zero'"),
+        (["eval", "run", "--data", "nowhere"], "nowhere"),
+        (["export", "run", "tokenizer"], "tokenizer"),
+        (["export"], "Missing argument"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_bad_arguments_are_one_message_and_exit_12(trained: Path, arguments: list[str], message: str) -> None:
+    done = rookery(*arguments, cwd=trained)
+    assert done.returncode == 12
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,217 @@
+"""Training on real ranks: resume is exact, the world size is a detail, faults and bad input end as promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from monitoring.runlog import read_attempt, read_events, read_metrics, read_outcome, replayed
+from pipeline.checkpoint import CheckpointReader, list_checkpoints, resolve_checkpoint
+from slurm.local import rank_command, rank_environment
+from tests.ranks import rookery
+
+EXACT = ("loss", "grad_norm", "lr", "num_steps", "samples", "tokens")
+
+
+def train(workdir: Path, *overrides: str, ranks: int | None = 2) -> subprocess.CompletedProcess[str]:
+    return rookery("train", "test.yaml", *overrides, cwd=workdir, ranks=ranks)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run_dir)]
+
+
+def start_training(workdir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = rank_command(2, [sys.executable, "-m", "rookery", "train", "test.yaml", *overrides])
+    return subprocess.Popen(
+        command, cwd=workdir, env=rank_environment(2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for_step(run_dir: Path, step: int, attempt: int = 1) -> list[dict[str, Any]]:
+    """Wait until the attempt has logged `step`; return what is known of its ranks."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if run_dir.is_dir() and any(record["step"] >= step for record in read_attempt(run_dir, attempt)):
+            environment = json.loads((run_dir / f"attempts/{attempt:04d}/environment.json").read_text())
+            ranks: list[dict[str, Any]] = environment["ranks"]
+            return ranks
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of 12 steps on two ranks without any fault."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    for name in ("tokenizer", "data", "test.yaml"):
+        (root / name).symlink_to(corpus / name)
+    done = train(root)
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+def test_a_run_leaves_the_documented_directory(uninterrupted: Path) -> None:
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"run.yaml", "attempts", "metrics", "events.jsonl", "checkpoints", "tokenizer"} <= names
+    records = read_metrics(uninterrupted)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert records[-1]["samples"] == 12 * 8
+    assert records[-1]["tokens"] == 12 * 8 * 32
+    assert records[-1]["loss"] < records[0]["loss"]
+    probed = records[3]
+    assert len(probed["state_rms"]) == len(probed["relative_residual"]) == sum(probed["num_steps"])
+    assert [path.name for path in list_checkpoints(uninterrupted)] == ["step-00000008", "step-00000012"]
+    assert read_outcome(uninterrupted, 1)["exit_code"] == 0  # type: ignore[index]
+
+
+def test_a_finished_run_is_left_alone(uninterrupted: Path) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*"))
+    done = train(uninterrupted.parent)
+    assert done.returncode == 0, done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*")) == before
+
+
+def test_a_rank_killed_and_a_job_stopped_lose_nothing_and_change_nothing(uninterrupted: Path, workdir: Path) -> None:
+    run_dir = workdir / "run"
+    killed = start_training(workdir)
+    ranks = wait_for_step(run_dir, 6)
+    os.kill(ranks[1]["pid"], signal.SIGKILL)
+    assert killed.wait(60) != 0
+    assert read_outcome(run_dir, 1) is None
+    stopped = start_training(workdir)
+    os.kill(wait_for_step(run_dir, 9, attempt=2)[1]["pid"], signal.SIGTERM)  # one rank; all must agree
+    assert stopped.wait(60) == 10
+    outcome = read_outcome(run_dir, 2)
+    assert outcome is not None
+    assert outcome["exit_code"] == 10
+    saved = CheckpointReader(list_checkpoints(run_dir)[-1]).manifest.progress.step
+    assert saved == outcome["step"] < 12
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    assert [event["step"] for event in read_events(run_dir) if event["kind"] == "start"] == [0, 4, saved]
+    assert replayed(run_dir)
+    for older, newer in replayed(run_dir):
+        assert {name: older[name] for name in EXACT} == {name: newer[name] for name in EXACT}
+    expected = read_metrics(uninterrupted)
+    for record, reference in zip(read_metrics(run_dir), expected, strict=True):
+        assert {name: record[name] for name in EXACT} == {name: reference[name] for name in EXACT}
+    ours, theirs = resolve_checkpoint(run_dir), resolve_checkpoint(uninterrupted)
+    for name in ours.manifest.shapes:
+        assert torch.equal(ours.weight(name), theirs.weight(name)), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (None, ["zero.stage=0"]),
+        (None, ["zero.stage=1", "train.micro_batch_size=8"]),
+        (2, ["zero.stage=0"]),
+        (2, ["zero.stage=2"]),
+        (2, ["zero.stage=1", "train.checkpoint_iterations=true"]),
+        (4, ["zero.stage=1"]),
+    ],
+)
+def test_world_size_stage_and_micro_batches_do_not_change_the_curve(
+    uninterrupted: Path, workdir: Path, ranks: int | None, overrides: list[str]
+) -> None:
+    done = train(workdir, *overrides, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert losses(workdir / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four_in_another_stage(
+    uninterrupted: Path, workdir: Path
+) -> None:
+    for steps, ranks, stage in ((4, 2, 1), (8, None, 0), (12, 4, 2)):
+        # The schedule is a function of the whole run's length: hold it still while the run grows in parts.
+        done = train(workdir, f"train.steps={steps}", "optimizer.cooldown_steps=0", f"zero.stage={stage}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    whole = train(workdir, "run_dir=whole", "optimizer.cooldown_steps=0")
+    assert whole.returncode == 0, whole.stderr
+    assert losses(workdir / "run") == pytest.approx(losses(workdir / "whole"), rel=1e-5)
+
+
+def test_bf16_trains_and_resumes_exactly(workdir: Path) -> None:
+    held = ("train.precision=bf16", "optimizer.cooldown_steps=0")  # no cooldown: a schedule that both lengths share
+    assert train(workdir, *held, "run_dir=whole").returncode == 0
+    assert losses(workdir / "whole")[-1] < losses(workdir / "whole")[0]
+    for steps in (4, 12):
+        done = train(workdir, *held, f"train.steps={steps}")
+        assert done.returncode == 0, done.stderr
+    assert losses(workdir / "run") == losses(workdir / "whole")
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(uninterrupted: Path, workdir: Path) -> None:
+    assert train(workdir, "train.steps=8", "optimizer.cooldown_steps=0", ranks=None).returncode == 0
+    shard = workdir / "run/checkpoints/step-00000008/shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert train(workdir, "train.steps=9", "optimizer.cooldown_steps=0", ranks=None).returncode == 0
+    start = [event for event in read_events(workdir / "run") if event["kind"] == "start"][-1]
+    assert start["step"] == 4
+    assert "shard-00000.safetensors" in start["passed_over"]["step-00000008"]
+
+
+def test_a_diverging_run_ends_with_11_and_saves_nothing_of_it(workdir: Path) -> None:
+    done = train(
+        workdir, "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0", "checkpoint.every=100", ranks=None
+    )
+    assert done.returncode == 11, done.stderr
+    outcome = read_outcome(workdir / "run", 1)
+    assert outcome is not None
+    assert "optimizer.learning_rate" in outcome["reason"]
+    assert list_checkpoints(workdir / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=3"], "train.stepz: unknown key (did you mean 'steps'?)"),
+        (["train.steps=many"], "train.steps: Value 'many'"),
+        (["data.train=nowhere"], "nowhere"),
+        (["model.vocab_size=300"], "model.vocab_size: 300 is smaller than the 512 tokens"),
+        (["model.block_size=16"], "model.block_size = 16"),
+        (["train.global_batch_size=7"], "train.global_batch_size: 7 is not a multiple of 2 ranks"),
+        (["train.precision=bf16", "zero.stage=0"], "zero.stage: 0"),
+        (["train.attention=flash"], "train.attention: "),
+    ],
+)
+def test_bad_input_is_one_message_exit_12_and_nothing_written(
+    workdir: Path, overrides: list[str], message: str
+) -> None:
+    done = train(workdir, *overrides)
+    assert done.returncode == 12
+    assert message in done.stderr
+    assert done.stderr.count("rookery: ") == 1
+    assert "Traceback" not in done.stderr
+    assert not (workdir / "run").exists()
+
+
+def test_a_broken_manifest_is_refused(workdir: Path, corpus: Path) -> None:
+    (workdir / "broken").mkdir()
+    (workdir / "broken/manifest.json").write_bytes((corpus / "data/train/manifest.json").read_bytes()[:-40])
+    done = train(workdir, "data.train=broken")
+    assert done.returncode == 12
+    assert "broken/manifest.json" in done.stderr
+    assert not (workdir / "run").exists()
+
+
+def test_resuming_with_another_shape_seed_or_dataset_is_refused(uninterrupted: Path) -> None:
+    root = uninterrupted.parent
+    before = sorted(path for path in uninterrupted.rglob("*"))
+    for override in ("model.n_embd=64", "seed=7", "data.train=data/validation"):
+        done = train(root, "train.steps=20", override)
+        assert done.returncode == 12, override
+        assert override.split("=")[0] in done.stderr
+    assert sorted(path for path in uninterrupted.rglob("*")) == before
