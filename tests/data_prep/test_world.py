@@ -11,15 +11,16 @@ from data_prep.world import World, launched_size
 from slurm.local import rank_command, rank_environment
 
 PROGRAM = """
-import sys
+import os
 from data_prep.world import World
 world = World.discover()
 try:
     with world.guard("opening the data"):
         if world.rank == 1:
-            raise {error}
+            raise ERROR
 except Exception as error:
-    print(world.rank, type(error).__name__, isinstance(error, ValueError), error, flush=True)
+    line = f"{world.rank} {type(error).__name__} {isinstance(error, ValueError)} {error}\\n"
+    os.write(1, line.encode())  # one piece, or the launcher mixes the ranks' lines
 """
 
 
@@ -28,7 +29,7 @@ except Exception as error:
     [("ValueError('no such file: x')", "PeerInputError", True), ("OSError('disk full')", "PeerError", False)],
 )
 def test_a_failure_on_one_rank_reaches_every_rank(error: str, peer: str, is_input: bool) -> None:
-    command = rank_command(3, [sys.executable, "-c", PROGRAM.format(error=error)])
+    command = rank_command(3, [sys.executable, "-c", PROGRAM.replace("ERROR", error)])
     done = subprocess.run(command, env=rank_environment(3), capture_output=True, text=True, timeout=60, check=True)
     message = error.split("'")[1]
     own = error.split("(", maxsplit=1)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ VALUES = torch.arange(60, dtype=torch.float32)
 
 def fragments(cuts: list[int]) -> Iterator[Fragment]:
     edges = [0, *cuts, 60]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         yield Fragment(
             parameter="w", start=start, weight=VALUES[start:end], optimizer_state={"exp_avg": -VALUES[start:end]}
         )

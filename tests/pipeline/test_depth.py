@@ -45,7 +45,9 @@ def test_a_very_deep_mean_does_not_underflow() -> None:
     assert np.mean(draws) == pytest.approx(2001, rel=0.02)
 
 
-@pytest.mark.parametrize("change", [{"mean_recurrence": 0}, {"mean_backprop_depth": 0}, {"mean_backprop_depth": 33}, {"sigma": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"mean_recurrence": 0}, {"mean_backprop_depth": 0}, {"mean_backprop_depth": 33}, {"sigma": -1.0}]
+)
 def test_parameters_without_a_meaning_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"depth.{next(iter(change))}"):
         DepthConfig(**change)  # type: ignore[arg-type]
