@@ -69,18 +69,11 @@ def test_truncated_gradients_equal_a_loop_that_detaches(n: int, k: int, seed: in
     loss = model(ids, state, (n, k), ids.roll(-1, 1))
     loss.backward()
     plain = small_model(seed)
-    # The detached iterations still pass e to the plain loop's graph; only the state is cut, as the paper has it.
-    expected = loss_of_a_plain_loop_without_gradient_in_n(plain, ids, state, n, k)
-    expected.backward()  # type: ignore[no-untyped-call]
+    expected = loss_of_a_plain_loop(plain, ids, state, n, k)
+    expected.backward()
     torch.testing.assert_close(loss, expected)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def loss_of_a_plain_loop_without_gradient_in_n(
-    model: RecurrentDepthModel, ids: torch.Tensor, state: torch.Tensor, n: int, k: int
-) -> torch.Tensor:
-    return loss_of_a_plain_loop(model, ids, state, n, k)
 
 
 def test_a_trace_follows_the_loop_without_touching_it() -> None:
@@ -110,16 +103,16 @@ def test_initial_weights_follow_takase_and_depend_on_seed_and_name_alone() -> No
         if ours.dim() == 2:
             assert not torch.equal(ours, different), name
     depth = 1 + 2 * 8 + 1
-    block = first.transformer.recurrence.core_block[0]
+    weights = first.state_dict()
+    core = "transformer.core_block.0"
     # A normal cut at 3 sigma keeps 0.9866 of its standard deviation.
-    assert float(first.transformer.wte.weight.detach().std()) == pytest.approx(
-        0.9866 * math.sqrt(2 / (5 * 96)), rel=0.02
-    )
-    assert float(block.attn.proj.weight.detach().std()) == pytest.approx(
-        0.9866 * math.sqrt(1 / (5 * 96 * depth)), rel=0.03
-    )
-    assert torch.equal(block.norm_1.weight, torch.ones(96))
-    assert torch.equal(block.attn.qk_bias, torch.zeros(2, 1, 4, 24))
+    inward, outward = (0.9866 * math.sqrt(variance) for variance in (2 / (5 * 96), 1 / (5 * 96 * depth)))
+    for name in ("transformer.wte", "transformer.adapter", f"{core}.attn.Wqkv", f"{core}.mlp.fc"):
+        assert float(weights[f"{name}.weight"].std()) == pytest.approx(inward, rel=0.03), name
+    for name in (f"{core}.attn.proj", f"{core}.mlp.proj", "transformer.prelude.0.attn.proj"):
+        assert float(weights[f"{name}.weight"].std()) == pytest.approx(outward, rel=0.03), name
+    assert torch.equal(weights[f"{core}.norm_1.weight"], torch.ones(96))
+    assert torch.equal(weights[f"{core}.attn.qk_bias"], torch.zeros(2, 1, 4, 24))
 
 
 @pytest.mark.parametrize("change", [{"n_heads": 3}, {"n_heads": 16}, {"vocab_size": 0}, {"n_layers_in_coda": -1}])

@@ -13,7 +13,10 @@ from slurm.local import LauncherError, find_mpiexec, rank_command, rank_environm
 def test_ranks_see_each_other_even_if_we_run_under_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMI_SIZE", "7")
     monkeypatch.setenv("SLURM_NTASKS", "7")
-    program = "from data_prep.world import World; w = World.discover(); print(w.rank, w.size, w.allgather(w.rank))"
+    program = (
+        "import os; from data_prep.world import World; w = World.discover();"
+        " os.write(1, f'{w.rank} {w.size} {w.allgather(w.rank)}\\n'.encode())"
+    )
     done = subprocess.run(
         rank_command(3, [sys.executable, "-c", program]),
         env=rank_environment(3),
