@@ -232,7 +232,12 @@ def _events_table(runs: Sequence[RunView]) -> str:
 
 
 def _describe(event: Record) -> list[str]:
-    details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in {"time", "attempt", "kind"})
+    said = {
+        key: value for key, value in event.items() if key not in {"time", "attempt", "kind"} and value not in ({}, [])
+    }
+    details = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in said.items()
+    )
     return [f"<b>{html.escape(event['kind'])}</b>", html.escape(details[:1000])]
 
 

@@ -106,7 +106,8 @@ class RunView:
         probes = (_recurrence(record, "training probe") for record in reversed(self.current))
         newest = [next((probe for probe in probes if probe), None)]
         newest += [evaluation.recurrence for evaluation in self.evaluations]
-        return max((probe for probe in newest if probe), key=lambda probe: probe.step, default=None)
+        # An evaluation averages over many batches and goes deeper than a probe of the same step.
+        return max((probe for probe in reversed(newest) if probe), key=lambda probe: probe.step, default=None)
 
     @property
     def best(self) -> tuple[float, int, int] | None:
