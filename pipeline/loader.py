@@ -30,6 +30,12 @@ class DataConfig:
     tokenizer: str
     """Directory of the tokenizer; copied into the run, so that the run can be exported on its own."""
 
+    def __post_init__(self) -> None:
+        """Make the paths absolute: what is written with a run must mean the same from anywhere."""
+        self.train, self.validation, self.tokenizer = (
+            str(Path(path).absolute()) for path in (self.train, self.validation, self.tokenizer)
+        )
+
 
 class MicroBatch(NamedTuple):
     """Rows of one forward pass.

@@ -100,13 +100,18 @@ class TrainConfig:
             )
 
 
-def train(config: RunConfig, world: World, on_step: Callable[[Record], None] = lambda record: None) -> ExitCode:
+def train(
+    config: RunConfig, world: World, on_step: Callable[[Record], None] = lambda record: None
+) -> tuple[ExitCode, str]:
     """Train or resume the run in `config.run_dir`; a collective of all ranks.
 
     Args:
         config: the resolved configuration, equal on all ranks.
         world: the ranks.
         on_step: called on rank 0 with the record of every completed step.
+
+    Returns:
+        How it ended, and why in words.
 
     Raises:
         ConfigError, DataError, CheckpointError: bad input; on every rank, before anything was written.
@@ -125,7 +130,7 @@ def train(config: RunConfig, world: World, on_step: Callable[[Record], None] = l
         reader = None if found is None else CheckpointReader(found, verify=False)
         changes = {} if reader is None else check_resumable(reader.manifest, config, data)
     if reader is not None and reader.manifest.progress.step >= config.train.steps:
-        return ExitCode.FINISHED
+        return ExitCode.FINISHED, f"finished before, at step {reader.manifest.progress.step}; nothing to do"
     with world.guard("run directory"):
         log = _open_log(config, world.size) if world.rank == 0 else None
     try:
@@ -139,7 +144,7 @@ def train(config: RunConfig, world: World, on_step: Callable[[Record], None] = l
         code, reason = run.loop()
         if log is not None:
             log.outcome(code, reason, step=run.progress.step)
-        return code
+        return code, reason
     except Exception as error:
         if log is not None:
             log.outcome(12 if isinstance(error, ValueError) else 1, f"{type(error).__name__}: {error}")

@@ -44,7 +44,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
         resolved = load_config(config, overrides or [])
     with training_display(resolved.name, resolved.train.steps, shown=world.rank == 0) as on_step:
-        code = run_training(resolved, world, on_step)
+        code, reason = run_training(resolved, world, on_step)
+    if world.rank == 0:
+        print(f"{resolved.run_dir}: {reason}", flush=True)
     raise typer.Exit(code)
 
 

@@ -241,7 +241,8 @@ class Smoke:
                     watch()
                     time.sleep(_POLL_SECONDS)
             finally:
-                process.kill()
+                process.terminate()  # if we are interrupted: the launcher takes its ranks with it
+                process.wait()
         watch()
         return process.returncode
 
@@ -258,6 +259,7 @@ def run_smoke(workdir: Path) -> int:
     """
     workdir = workdir.resolve()
     _prepare(workdir)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end our children too
     with StageDisplay(total=8) as display, _peak_memory() as peak:
         smoke = Smoke(workdir, display)
         problems: list[str] = []
