@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET ?= --quiet --quiet
+# Where the site has an MPI of its own: make setup EXTRAS=dev
+EXTRAS ?= dev,mpi
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(QUIET) --constraint constraints.txt
 PIP_FAILED := { echo "setup: pip failed, see above; all that it says: make setup QUIET=" >&2; exit 1; }
 
@@ -41,20 +43,16 @@ clean: ## remove .venv, caches and build results; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes before DeepSpeed, whose setup.py looks for it (hence no build isolation); DS_BUILD_OPS=0 because its
-# operators are compiled for the machine at hand when first needed. The one that training on CPUs needs is compiled
-# here, so that no first run waits a minute for it without a word.
+# torch comes before DeepSpeed, whose setup.py looks for it (hence no build isolation). DS_BUILD_OPS=0: training uses
+# none of DeepSpeed's compiled operators.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "setup: no '$(PYTHON)' found; name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("setup: Rookery needs Python 3.11 or newer and \"$(PYTHON)\" is %d.%d; name another: make setup PYTHON=python3.12" % v)'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "setup: $(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)" >&2; exit 1; }
-	@cxx="$${CXX:-c++}"; command -v "$${cxx%% *}" >/dev/null || { echo "setup: no C++ compiler '$$cxx' found; install one (Debian: g++) or set CXX" >&2; exit 1; }
 	@echo "setup: making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "setup: installing torch and build tools (a minute or two)"
 	@$(PIP) torch ninja packaging setuptools wheel || $(PIP_FAILED)
 	@echo "setup: installing Rookery and the rest"
-	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[dev,mpi]' || $(PIP_FAILED)
-	@echo "setup: preparing DeepSpeed's operator for CPUs (compiling takes about a minute, once)"
-	@$(BIN)/python -m pipeline.native_ops || { echo "setup: DeepSpeed's operator did not compile, see above; it needs Python's headers too (Debian: python3-dev)" >&2; exit 1; }
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable '.[$(EXTRAS)]' || $(PIP_FAILED)
 	@touch $@

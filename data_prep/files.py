@@ -45,11 +45,11 @@ def publish(partial: Path, out: Path) -> None:
     """
     for path in partial.iterdir():
         if path.is_file():
-            _sync(path)
-    _sync(partial)
+            sync_path(path)
+    sync_path(partial)
     refuse_existing(out)
     partial.rename(out)
-    _sync(out.parent)
+    sync_path(out.parent)
 
 
 @contextmanager
@@ -64,7 +64,8 @@ def published_directory(out: Path) -> Iterator[Path]:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Force a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -173,6 +173,8 @@ class Manifest:
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: broken JSON at line {error.lineno} ({error.msg}); {_REBUILD}") from error
+        except RecursionError:
+            raise DataError(f"{path}: JSON nested beyond all measure; {_REBUILD}") from None
         return _parse(record, str(path))
 
 

@@ -96,7 +96,7 @@ class Tokenizer:
     """A tokenizer as the pipeline uses it: text is data, control tokens come from their ids alone.
 
     Attributes:
-        vocab_size: number of tokens, the special ones included; ids are below it.
+        vocab_size: one more than the largest id; a foreign tokenizer may leave ids out.
         begin_id, end_id, pad_id: ids of `SPECIAL_TOKENS`, looked up by name.
         sha256: hex digest of the bytes of tokenizer.json; the identity that datasets and checkpoints record.
     """
@@ -110,7 +110,7 @@ class Tokenizer:
                 f"{named}: not a tokenizer ({error}); make one with `rookery data train-tokenizer`"
             ) from error
         self.sha256 = hashlib.sha256(definition).hexdigest()
-        self.vocab_size: int = self._model.get_vocab_size()
+        self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
         found = {name: self._model.token_to_id(name) for name in SPECIAL_TOKENS}
         ids = {name: token_id for name, token_id in found.items() if token_id is not None}
         missing = [name for name in SPECIAL_TOKENS if name not in ids]

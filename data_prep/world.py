@@ -107,11 +107,6 @@ class World:
         self._communicator.Allreduce(values, total)
         return total
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self._communicator is not None:
-            self._communicator.Barrier()
-
     @contextmanager
     def guard(self, phase: str) -> Iterator[None]:
         """End the block on every rank if it failed on any, with the failing rank's message instead of a hang.
@@ -133,11 +128,12 @@ class World:
         self.failed_together = True
         mine = None if failure is None else (isinstance(failure, ValueError), str(failure) or repr(failure))
         reports = self.allgather(mine)
-        if failure is not None:
-            raise failure
         rank, (is_input, message) = next((rank, report) for rank, report in enumerate(reports) if report is not None)
+        if failure is not None and rank == self.rank:
+            raise failure
+        # The first failing rank decides for all: launchers merge the ranks' exit codes bit by bit.
         kind = PeerInputError if is_input else PeerError
-        raise kind(f"{message} (rank {rank}, {phase})")
+        raise kind(f"{message} (rank {rank}, {phase})") from failure
 
     def abort(self, exit_code: int) -> None:
         """End every rank at once, for a failure outside any guard; returns only when there is a single rank."""

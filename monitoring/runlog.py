@@ -7,6 +7,8 @@ and need no file locks, which parallel file systems do badly.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -51,12 +53,13 @@ class RunLog:
         """
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            events = _open_append(_events_path(run_dir))
+            _lock(events, run_dir)
             attempt = max(attempts(run_dir), default=0) + 1
             for folder in ("attempts", "metrics"):
                 (run_dir / folder).mkdir(exist_ok=True)
             _attempt_dir(run_dir, attempt).mkdir()
             metrics = _open_append(_metrics_path(run_dir, attempt))
-            events = _open_append(_events_path(run_dir))
         except FileExistsError as error:
             raise RunLogError(
                 f"cannot start an attempt in {run_dir}: {error.filename} is already there; if another job is starting"
@@ -277,6 +280,20 @@ def _open_append(path: Path) -> FileIO:
     if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
         file.write(b"\n")  # end a line that a dying node left torn, or the next record would be lost with it
     return file
+
+
+def _lock(events: FileIO, run_dir: Path) -> None:
+    """Hold the run until this process ends, however it ends; a file system without locks holds nothing."""
+    try:
+        fcntl.flock(events, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunLogError(
+            f"another job is at work on {run_dir} (attempt {max(attempts(run_dir), default=1)}); wait until it ends,"
+            " or choose another run directory"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def _append(file: FileIO, record: Record) -> None:

@@ -33,6 +33,11 @@ def select_device(local_rank: int) -> torch.device:
     return device
 
 
+def device_identity(device: torch.device) -> str | None:
+    """Return what tells a device from the others of its node, whatever index it has in this process; None for CPUs."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def communication_backend(device: torch.device) -> str:
     """Return the collective library for tensors on `device`: NCCL (or RCCL under the same name) or gloo."""
     return "nccl" if device.type == "cuda" else "gloo"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from data_prep.files import sync_path
 from data_prep.world import World
 from pipeline.engine import Fragment
 from pipeline.errors import CheckpointError, ConfigError
@@ -126,7 +126,8 @@ def save_checkpoint(
     partial = final.with_name(f".{final.name}.partial")
     with world.guard("checkpoint directory"):
         if world.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in final.parent.glob(".step-*"):  # of a save or a removal that was killed
+                shutil.rmtree(leftover)
             partial.mkdir(parents=True)
     with world.guard("checkpoint write"):
         name, pieces, state_names = _write_shard(partial, world.rank, fragments)
@@ -143,7 +144,7 @@ def save_checkpoint(
                 optimizer_state=sorted({state for *_, states in gathered for state in states}),
                 shapes=shapes,
                 fragments=_merge_fragments(gathered),
-                files={file: files for file, files, *_ in gathered},
+                files={file: entry for file, entry, *_ in gathered},
             )
             _commit(partial, final, manifest)
     return final
@@ -176,7 +177,8 @@ def _merge_fragments(
 
 
 def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
-    text = json.dumps({**vars(manifest), "progress": vars(manifest.progress)}, indent=1)
+    fields = {**vars(manifest), "progress": vars(manifest.progress)}
+    text = json.dumps({**fields, "sha256": _fields_sha256(fields)}, indent=1)
     (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
     sync_path(partial / MANIFEST)
     sync_path(partial)
@@ -184,6 +186,10 @@ def _commit(partial: Path, final: Path, manifest: CheckpointManifest) -> None:
         shutil.rmtree(final)
     partial.rename(final)
     sync_path(final.parent)
+
+
+def _fields_sha256(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _tensor_key(parameter: str, start: int, kind: str) -> str:
@@ -210,7 +216,7 @@ class CheckpointReader:
                 raise CheckpointError(f"{path}: missing; use an older checkpoint")
             if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
                 raise CheckpointError(f"{path}: does not match its recorded size and sha256; use an older checkpoint")
-        self._files = {name: safe_open(directory / name, framework="pt") for name in self.manifest.files}
+        self._files: dict[str, Any] = {}
 
     def slice(self, parameter: str, kind: str, start: int, numel: int) -> torch.Tensor:
         """Return elements [start, start + numel) of a flattened parameter's `kind`: "weight" or an optimizer state."""
@@ -218,6 +224,8 @@ class CheckpointReader:
         for file, piece_start, piece_numel in self.manifest.fragments[parameter]:
             first, last = max(start, piece_start), min(start + numel, piece_start + piece_numel)
             if first < last:
+                if file not in self._files:  # a rank of thousands needs few of the shards
+                    self._files[file] = safe_open(self.directory / file, framework="pt")
                 stored = self._files[file].get_slice(_tensor_key(parameter, piece_start, kind))
                 pieces.append(stored[first - piece_start : last - piece_start])
         found = torch.cat(pieces) if pieces else torch.empty(0)
@@ -235,6 +243,8 @@ def _read_manifest(directory: Path) -> CheckpointManifest:
     path = directory / MANIFEST
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("sha256") != _fields_sha256(fields):
+            raise CheckpointError(f"{path}: was changed after it was written; use an older checkpoint")
         if fields["format"] != FORMAT or fields["schema_version"] != SCHEMA_VERSION:
             raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT} {SCHEMA_VERSION}")
         manifest = CheckpointManifest(**{**fields, "progress": Progress(**fields["progress"])})
@@ -242,7 +252,7 @@ def _read_manifest(directory: Path) -> CheckpointManifest:
         raise CheckpointError(
             f"{path}: no such checkpoint; name a run directory or one of its checkpoints/step-* directories"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: broken ({error}); use an older checkpoint") from None
@@ -257,8 +267,11 @@ def newest_valid(run_dir: Path) -> tuple[CheckpointReader | None, dict[str, str]
     problems: dict[str, str] = {}
     for path in reversed(list_checkpoints(run_dir)):
         try:
-            return CheckpointReader(path), problems
-        except (CheckpointError, SafetensorError) as error:
+            reader = CheckpointReader(path)
+            if path.name == checkpoint_name(reader.manifest.progress.step):
+                return reader, problems
+            problems[path.name] = f"{path}: holds step {reader.manifest.progress.step}"
+        except (CheckpointError, OSError) as error:
             problems[path.name] = str(error)
     return None, problems
 
@@ -278,11 +291,22 @@ def resolve_checkpoint(path: Path) -> CheckpointReader:
     return reader
 
 
-def prune_checkpoints(run_dir: Path, keep_last: int) -> list[str]:
-    """Remove all but the newest `keep_last` checkpoints; return the names of the removed ones."""
-    removed = list_checkpoints(run_dir)[:-keep_last]
+def prune_checkpoints(run_dir: Path, newest: Path, keep_last: int) -> list[str]:
+    """Keep `newest` and the `keep_last` - 1 before it; return the names of the removed ones.
+
+    What is numbered after `newest` was passed over when the run resumed from before it. It is moved aside, not
+    removed: a person may want to know what happened to it.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    for path in checkpoints:
+        if path.name > newest.name:
+            aside = path.with_name(f"superseded-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    removed = [path for path in checkpoints if path.name <= newest.name][:-keep_last]
     for path in removed:
-        shutil.rmtree(path)
+        # Hidden first: a directory under its final name is complete, also when we are killed here.
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
     return [path.name for path in removed]
 
 
@@ -302,12 +326,3 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sync_path(path: Path) -> None:
-    """Force a file or a directory's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

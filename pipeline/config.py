@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,13 +55,24 @@ class RunConfig:
         """Hold the rules that join two sections."""
         if self.schema_version != SCHEMA_VERSION:
             raise ConfigError(f"schema_version: {self.schema_version} is not {SCHEMA_VERSION}, the one read here")
-        if self.seed < 0:
-            raise ConfigError(f"seed: {self.seed} is negative")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: {self.seed} is not in [0, 2^63)")
         if self.train.precision != "fp32" and self.zero.stage == 0:
             raise ConfigError(
                 f"zero.stage: 0 keeps no float32 master weights for train.precision = {self.train.precision};"
                 " use zero.stage=1"
             )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice; YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 def shipped_configs() -> list[str]:
@@ -92,7 +104,13 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         except OmegaConfBaseException as error:
             raise ConfigError(f"override {override!r}: {error}") from None
     merged = cast(DictConfig, OmegaConf.merge(OmegaConf.create(raw), changes))
-    return _to_run_config(merged)
+    config = _to_run_config(merged)
+    # What is written with a run must mean the same from anywhere.
+    config.run_dir, config.data.train, config.data.validation, config.data.tokenizer = (
+        str(Path(path).absolute())
+        for path in (config.run_dir, config.data.train, config.data.validation, config.data.tokenizer)
+    )
+    return config
 
 
 def config_from_record(record: dict[str, Any], origin: str) -> RunConfig:
@@ -129,7 +147,7 @@ def _locate(source: str, kind: str, noun: str) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506 (derives from SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -158,7 +176,7 @@ def _to_run_config(tree: DictConfig) -> RunConfig:
     _check_keys(OmegaConf.to_container(tree), RunConfig, "")
     try:
         resolved = OmegaConf.merge(OmegaConf.structured(RunConfig), tree)
-        return cast(RunConfig, OmegaConf.to_object(resolved))
+        config = cast(RunConfig, OmegaConf.to_object(resolved))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: a value is required") from None
     except ConfigKeyError as error:
@@ -166,6 +184,17 @@ def _to_run_config(tree: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'configuration'}: {reason}") from None
+    _check_finite(dataclasses.asdict(config), "")
+    return config
+
+
+def _check_finite(tree: dict[str, Any], prefix: str) -> None:
+    """Refuse nan and inf, which pass every comparison that a section's own checks make."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{key}: {value} is not a finite number")
 
 
 def _check_keys(tree: object, schema: type, prefix: str) -> None:

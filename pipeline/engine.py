@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +18,7 @@ import torch.distributed
 from torch import nn
 
 from data_prep.world import World
-from pipeline import native_ops
-from pipeline.accelerator import communication_backend, select_device
+from pipeline.accelerator import communication_backend, device_identity, select_device
 from pipeline.errors import ConfigError
 from pipeline.model import reference_name
 
@@ -61,7 +61,7 @@ def start_process_group(world: World, timeout: timedelta = timedelta(minutes=10)
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that the launcher did not bind to cores of their own share them; more threads than cores thrash.
         torch.set_num_threads(max(1, len(cores) // places.count((host, cores))))
-    local_rank = int(os.environ.get("SLURM_LOCALID", hosts[: world.rank].count(host)))
+    local_rank = hosts[: world.rank].count(host)
     alone = len(set(hosts)) == 1
     if alone:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -69,23 +69,31 @@ def start_process_group(world: World, timeout: timedelta = timedelta(minutes=10)
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.size),
-        LOCAL_RANK=str(local_rank),
         LOCAL_SIZE=str(hosts.count(host)),
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
     with world.guard("device selection"):
         device = select_device(local_rank)
+    with world.guard("device selection"):
+        users = world.allgather((host, device_identity(device)))
+        if users[world.rank][1] is not None and users.count(users[world.rank]) > 1:
+            raise ConfigError(f"several ranks on {host} have the same device {device}: start one rank a device")
+    # DeepSpeed takes it for the index of the device, which a scheduler that binds devices makes 0 on every rank.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that this PyTorch deprecates; nobody who runs a job can act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with native_ops.loading():
-        deepspeed.init_distributed(
-            dist_backend=communication_backend(device), auto_mpi_discovery=False, verbose=False, timeout=timeout
-        )
+    # DeepSpeed would probe compilers and build a shared-memory operator for CPU inference: a minute that looks like a
+    # hang, and buffers in /dev/shm that outlive a killed rank. Training uses none of its compiled operators.
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    deepspeed.init_distributed(
+        dist_backend=communication_backend(device), auto_mpi_discovery=False, verbose=False, timeout=timeout
+    )
     return device
 
 
@@ -102,8 +110,13 @@ def _rendezvous(alone: bool) -> tuple[str, int]:
         port = int(probe.getsockname()[1])
     if alone:
         return "127.0.0.1", port
-    # srun tells the launching node's address; it needs no name service.
-    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostbyname(socket.gethostname()), port
+    try:
+        own = socket.gethostbyname_ex(socket.gethostname())[2]
+    except OSError:
+        own = []
+    # Without a name service there is the address that srun was started from, which is the first node's in a batch job.
+    fallback = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", socket.gethostname())
+    return next((address for address in own if not address.startswith("127.")), fallback), port
 
 
 def build_engine(
@@ -160,8 +173,14 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return wrapped
 
 
-def local_fragments(engine: Any, rank: int) -> Iterator[Fragment]:
-    """Yield the pieces of weights and optimizer state that this rank owns; together the ranks own each element once.
+def owned_fragments(engine: Any, rank: int) -> Iterator[Fragment]:
+    """Yield the pieces that this rank has to save; together the ranks save each element once."""
+    if rank == 0 or engine.zero_optimization_stage() > 0:
+        yield from local_fragments(engine)
+
+
+def local_fragments(engine: Any) -> Iterator[Fragment]:
+    """Yield the pieces of weights and optimizer state that this rank works on: its shard, or all without ZeRO.
 
     DeepSpeed flattens every parameter group and gives each rank an equal range of it; `_hp_mapping` says which piece
     of which parameter lies in this rank's range (its universal checkpoint is made from the same addresses).
@@ -169,11 +188,9 @@ def local_fragments(engine: Any, rank: int) -> Iterator[Fragment]:
     optimizer = base_optimizer(engine)
     for name, parameter in engine.module.named_parameters():
         if engine.zero_optimization_stage() == 0:
-            if rank == 0:
-                state = {key: value.view(-1) for key, value in _tensors_like(parameter, optimizer)}
-                yield Fragment(
-                    parameter=reference_name(name), start=0, weight=parameter.data.view(-1), optimizer_state=state
-                )
+            state = {key: value.view(-1) for key, value in _tensors_like(parameter, optimizer)}
+            weight = parameter.data.view(-1)
+            yield Fragment(parameter=reference_name(name), start=0, weight=weight, optimizer_state=state)
             continue
         mapping = parameter._hp_mapping  # noqa: SLF001 (DeepSpeed has no public name for it)
         if mapping is None:
@@ -189,13 +206,20 @@ def local_fragments(engine: Any, rank: int) -> Iterator[Fragment]:
         )
 
 
+def publish_weights(engine: Any) -> None:
+    """Give every rank the model's weights from the master shards that `local_fragments` filled; a collective."""
+    if engine.zero_optimization_stage() > 0:
+        engine.optimizer.update_lp_params()
+
+
 def allocate_optimizer_state(engine: Any, names: list[str], steps_done: float) -> None:
     """Create zeroed optimizer state, as after `steps_done` steps, to be filled through `local_fragments`."""
     optimizer = base_optimizer(engine)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            state["step"] = torch.tensor(float(steps_done), dtype=torch.float32)
+            # Fused optimizers read it on the parameter's device.
+            state["step"] = torch.tensor(float(steps_done), dtype=torch.float32, device=parameter.device)
             for name in names:
                 state[name] = torch.zeros_like(parameter)
 

@@ -25,3 +25,7 @@ class ConfigError(ValueError):
 
 class CheckpointError(ValueError):
     """No checkpoint, or one that cannot be used for what was asked."""
+
+
+class RunError(RuntimeError):
+    """A run that had started could not go on; its attempt directory says on which rank and why."""

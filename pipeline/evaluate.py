@@ -40,7 +40,7 @@ def load_model(reader: CheckpointReader, device: torch.device) -> tuple[Recurren
     """Return the model of a checkpoint with its float32 weights, and the configuration that it was trained with."""
     config = config_from_record(reader.manifest.config, str(reader.directory))
     with torch.device("meta"):
-        model = RecurrentDepthModel(config.model, config.train.attention)
+        model = RecurrentDepthModel(config.model)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,12 +60,15 @@ def evaluate_checkpoint(
         max_rows: use the first rows only.
 
     Returns:
-        step, tokens, loss {depth: nats a token}, state_rms and relative_residual (one value an iteration),
+        step, samples and tokens of the training, evaluated_tokens, loss {depth: nats a token}, state_rms and
+        relative_residual (one value an iteration),
         unigram_entropy of the dataset, mean_recurrence of the training, checkpoint.
 
     Raises:
         CheckpointError, ConfigError, DataError: something named is missing, broken or does not fit.
     """
+    if max_rows is not None and max_rows < 1:
+        raise ConfigError(f"--max-rows {max_rows}: not a positive number of rows")
     reader = resolve_checkpoint(checkpoint)
     device = select_device(0)
     model, config = load_model(reader, device)
@@ -91,7 +94,7 @@ def evaluate_checkpoint(
     result = {
         **dataclasses.asdict(reader.manifest.progress),
         "checkpoint": str(reader.directory),
-        "tokens": rows * manifest.sequence_length,
+        "evaluated_tokens": rows * manifest.sequence_length,
         "loss": {str(depth): total / (rows * manifest.sequence_length) for depth, total in losses.items()},
         **{name: _weighted_mean(traces, name) for name in ("state_rms", "relative_residual")},
         "unigram_entropy": manifest.unigram_entropy,

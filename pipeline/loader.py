@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from data_prep.errors import DataError
 from data_prep.manifest import Manifest
 from data_prep.order import sample_rows
 from data_prep.shards import RowReader
@@ -29,12 +30,6 @@ class DataConfig:
     """Directory of the validation dataset, of the same tokenizer."""
     tokenizer: str
     """Directory of the tokenizer; copied into the run, so that the run can be exported on its own."""
-
-    def __post_init__(self) -> None:
-        """Make the paths absolute: what is written with a run must mean the same from anywhere."""
-        self.train, self.validation, self.tokenizer = (
-            str(Path(path).absolute()) for path in (self.train, self.validation, self.tokenizer)
-        )
 
 
 class MicroBatch(NamedTuple):
@@ -98,7 +93,10 @@ def open_training_data(config: RunConfig) -> Manifest:
         ConfigError: they do not fit each other or the model.
     """
     data, model = config.data, config.model
-    tokenizer = Tokenizer.load(Path(data.tokenizer))
+    try:
+        tokenizer = Tokenizer.load(Path(data.tokenizer))
+    except DataError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from None
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size: {model.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of"
@@ -106,7 +104,10 @@ def open_training_data(config: RunConfig) -> Manifest:
         )
     manifests = {}
     for key, directory in (("data.train", data.train), ("data.validation", data.validation)):
-        manifest = manifests[key] = Manifest.load(Path(directory))
+        try:
+            manifest = manifests[key] = Manifest.load(Path(directory))
+        except DataError as error:
+            raise ConfigError(f"{key}: {error}") from None
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise ConfigError(
                 f"{key}: {directory} was built with another tokenizer than data.tokenizer = {data.tokenizer};"

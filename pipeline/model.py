@@ -53,6 +53,9 @@ class ModelConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not positive")
+        for name in ("norm_eps", "rope_base"):
+            if getattr(self, name) <= 0.0:
+                raise ConfigError(f"model.{name}: {getattr(self, name)} is not positive")
         for name in ("n_layers_in_prelude", "n_layers_in_coda"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is negative")

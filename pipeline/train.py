@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shutil
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +17,15 @@ import torch
 
 from data_prep.manifest import Manifest
 from data_prep.world import World
-from kernels.attention import backend_problem
-from monitoring.runlog import Record, RunLog, write_atomic
-from pipeline.accelerator import describe, synchronize
+from kernels.attention import BACKENDS
+from monitoring.runlog import Record, RunLog
+from pipeline.accelerator import synchronize
+from pipeline.attempt import attempt, prepare
 from pipeline.checkpoint import (
     WEIGHT,
-    CheckpointManifest,
     CheckpointReader,
     Progress,
-    newest_valid,
+    list_checkpoints,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -41,12 +35,14 @@ from pipeline.engine import (
     build_engine,
     local_fragments,
     optimizer_step,
+    owned_fragments,
+    publish_weights,
     set_learning_rate,
     start_process_group,
     stop_process_group,
 )
-from pipeline.errors import CheckpointError, ConfigError, ExitCode
-from pipeline.loader import Loader, MicroBatch, open_training_data
+from pipeline.errors import ConfigError, ExitCode
+from pipeline.loader import Loader, MicroBatch
 from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
 from pipeline.optim import build_optimizer, learning_rate
 
@@ -82,8 +78,10 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is not positive")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"train.precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if problem := backend_problem(self.attention):
-            raise ConfigError(f"train.attention: {problem}")
+        if self.attention not in BACKENDS:
+            raise ConfigError(f"train.attention: {self.attention!r} is not one of {', '.join(BACKENDS)}")
+        if self.attention == "flash" and self.precision == "fp32":
+            raise ConfigError("train.attention: flash needs train.precision=bf16; use sdpa for fp32")
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a global batch that cannot be cut into equal micro-batches.
@@ -115,44 +113,25 @@ def train(
 
     Raises:
         ConfigError, DataError, CheckpointError: bad input; on every rank, before anything was written.
+        RunError: a rank found its input damaged in mid-run.
     """
-    run_dir = Path(config.run_dir)
-    with world.guard("configuration"):
-        config.train.check_world_size(world.size)
-        # One rank looks at the files; thousands of ranks that stat every shard bring a file system down.
-        opened = open_training_data(config) if world.rank == 0 else None
-    data = world.broadcast(opened)
-    assert data is not None
-    with world.guard("checkpoint selection"):
-        found, problems = _find_checkpoint(run_dir) if world.rank == 0 else (None, {})
-    found = world.broadcast(found)
-    with world.guard("checkpoint opening"):
-        reader = None if found is None else CheckpointReader(found, verify=False)
-        changes = {} if reader is None else check_resumable(reader.manifest, config, data)
-    if reader is not None and reader.manifest.progress.step >= config.train.steps:
-        return ExitCode.FINISHED, f"finished before, at step {reader.manifest.progress.step}; nothing to do"
-    with world.guard("run directory"):
-        log = _open_log(config, world.size) if world.rank == 0 else None
-    try:
+    with StopSignals() as signals:
+        start = prepare(config, world)
+        saved = Progress() if start.reader is None else start.reader.manifest.progress
+        if saved.step >= config.train.steps:
+            return ExitCode.FINISHED, f"finished before, at step {saved.step}; nothing to do"
         device = start_process_group(world)
-        _record_environment(log, world, device)
-        run = Training(config, world, data, device, log, on_step)
-        if reader is not None:
-            run.restore(reader)
-        if log is not None:
-            log.event("start", step=run.progress.step, changed=changes, passed_over=problems)
-        code, reason = run.loop()
-        if log is not None:
-            log.outcome(code, reason, step=run.progress.step)
-        return code, reason
-    except Exception as error:
-        if log is not None:
-            log.outcome(12 if isinstance(error, ValueError) else 1, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        if log is not None:
-            log.close()
-        stop_process_group()
+        try:
+            run = Training(config, world, start.data, device)
+            with attempt(config, world, device, start) as log:
+                if start.reader is not None:
+                    run.restore(start.reader)
+                code, reason = run.loop(signals, log, on_step)
+                if log is not None:
+                    log.outcome(code, reason, step=run.progress.step)
+        finally:
+            stop_process_group()
+    return code, reason
 
 
 class Training:
@@ -168,12 +147,10 @@ class Training:
         world: World,
         data: Manifest,
         device: torch.device,
-        log: RunLog | None,
-        on_step: Callable[[Record], None],
     ) -> None:
         self.progress = Progress()
         self._config, self._world, self._data, self._device = config, world, data, device
-        self._log, self._on_step = log, on_step
+        self._log: RunLog | None = None
         self._run_dir = Path(config.run_dir)
         self._loader = Loader(
             Path(config.data.train),
@@ -202,31 +179,31 @@ class Training:
         with self._world.guard("checkpoint load"), torch.no_grad():
             if manifest.optimizer_state:
                 allocate_optimizer_state(self._engine, manifest.optimizer_state, manifest.progress.step)
-            for fragment in local_fragments(self._engine, self._world.rank):
+            for fragment in local_fragments(self._engine):
                 numel = fragment.weight.numel()
                 fragment.weight.copy_(reader.slice(fragment.parameter, WEIGHT, fragment.start, numel))
                 for name, tensor in fragment.optimizer_state.items():
                     tensor.copy_(reader.slice(fragment.parameter, name, fragment.start, numel))
-            for name, parameter in self._engine.module.named_parameters():
-                parameter.copy_(reader.weight(reference_name(name)))
+        publish_weights(self._engine)
         self.progress = manifest.progress
 
-    def loop(self) -> tuple[ExitCode, str]:
+    def loop(self, signals: StopSignals, log: RunLog | None, on_step: Callable[[Record], None]) -> tuple[ExitCode, str]:
         """Train to the last step, a stop signal or a non-finite loss; return how it ended and why."""
         config = self._config
-        with StopSignals() as signals:
-            while self.progress.step < config.train.steps:
-                record, stop_requests = self._step(signals.received)
-                if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-                    reason = f"loss {record['loss']} and gradient norm {record['grad_norm']} at step {record['step']}"
-                    self._event("non_finite", step=record["step"], reason=reason)
-                    return ExitCode.DIVERGED, f"{reason}; lower optimizer.learning_rate and start again"
-                finished = self.progress.step == config.train.steps
-                if stop_requests or finished or self.progress.step % config.checkpoint.every == 0:
-                    self._save()
-                if stop_requests and not finished:
-                    self._event("stop_signal", step=record["step"], ranks=stop_requests)
-                    return ExitCode.STOPPED, f"stop signal on {stop_requests} rank(s)"
+        self._log = log
+        while self.progress.step < config.train.steps:
+            record, stop_requests = self._step(signals.received)
+            if log is not None:
+                log.step(record)
+                on_step(record)
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                return ExitCode.DIVERGED, self._diverged(record)
+            finished = self.progress.step == config.train.steps
+            if stop_requests or finished or self.progress.step % config.checkpoint.every == 0:
+                self._save()
+            if stop_requests and not finished:
+                self._event("stop_signal", step=record["step"], ranks=stop_requests)
+                return ExitCode.STOPPED, f"stop signal on {stop_requests} rank(s), saved at step {record['step']}"
         return ExitCode.FINISHED, "all steps done"
 
     def _step(self, stop: bool) -> tuple[Record, int]:
@@ -264,10 +241,15 @@ class Training:
             "tokens_per_second": total_tokens / seconds,
             **(trace.to_lists() if trace is not None else {}),
         }
-        if self._log is not None:
-            self._log.step(record)
-            self._on_step(record)
         return record, int(stop_requests)
+
+    def _diverged(self, record: Record) -> str:
+        reason = f"loss {record['loss']} and gradient norm {record['grad_norm']} at step {record['step']}"
+        self._event("non_finite", step=record["step"], reason=reason)
+        saved = list_checkpoints(self._run_dir)
+        # Weights may have been blown up, though finite, when they were saved.
+        advice = f"; if that fails at once, move {saved[-1].name} away first" if saved else ""
+        return f"{reason}; start again with a lower optimizer.learning_rate{advice}"
 
     def _forward(self, batch: MicroBatch, depth: tuple[int, int], trace: Trace | None) -> torch.Tensor:
         keys = torch.tensor([stream_key(self._config.seed, "state", int(sample)) for sample in batch.samples])
@@ -281,7 +263,7 @@ class Training:
         path = save_checkpoint(
             self._run_dir,
             self._world,
-            local_fragments(self._engine, self._world.rank),
+            owned_fragments(self._engine, self._world.rank),
             self._shapes,
             progress=self.progress,
             config=dataclasses.asdict(self._config),
@@ -289,14 +271,9 @@ class Training:
             tokenizer_sha256=self._data.tokenizer_sha256,
         )
         if self._log is not None:
-            removed = prune_checkpoints(self._run_dir, self._config.checkpoint.keep_last)
-            self._event(
-                "checkpoint",
-                step=self.progress.step,
-                path=path.name,
-                removed=removed,
-                seconds=time.perf_counter() - started,
-            )
+            removed = prune_checkpoints(self._run_dir, path, self._config.checkpoint.keep_last)
+            seconds = time.perf_counter() - started
+            self._event("checkpoint", step=self.progress.step, path=path.name, removed=removed, seconds=seconds)
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._log is not None:
@@ -323,72 +300,3 @@ class StopSignals:
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = True
-
-
-def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Manifest) -> dict[str, list[Any]]:
-    """Return what changed in the configuration since the checkpoint: dotted path -> [then, now].
-
-    Raises:
-        CheckpointError: the model's shape, the seed, the tokenizer or the training data changed.
-    """
-    changes = _differences(saved.config, dataclasses.asdict(config))
-    for key, (then, now) in changes.items():
-        if key == "seed" or key.startswith("model."):
-            raise CheckpointError(
-                f"{key}: the checkpoints of {config.run_dir} have {then!r}, the configuration {now!r};"
-                " set it back or choose another run_dir"
-            )
-    for what, then, now in (
-        ("tokenizer", saved.tokenizer_sha256, data.tokenizer_sha256),
-        ("training data", saved.data_fingerprint, data.fingerprint),
-    ):
-        if then != now:
-            raise CheckpointError(
-                f"data.train: the {what} of {config.data.train} is not the one that {config.run_dir} was trained on"
-                f" ({then[:12]} then, {now[:12]} now); name the old dataset or choose another run_dir"
-            )
-    return changes
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
-    changes: dict[str, list[Any]] = {}
-    for key in before.keys() | after.keys():
-        then, now = before.get(key), after.get(key)
-        if isinstance(then, dict) and isinstance(now, dict):
-            changes |= _differences(then, now, f"{prefix}{key}.")
-        elif then != now:
-            changes[prefix + key] = [then, now]
-    return dict(sorted(changes.items()))
-
-
-def _find_checkpoint(run_dir: Path) -> tuple[Path | None, dict[str, str]]:
-    reader, problems = newest_valid(run_dir)
-    if reader is None and problems:
-        raise CheckpointError(
-            f"{run_dir}: none of its checkpoints is intact ({'; '.join(problems.values())});"
-            " restore one, or choose another run_dir to start anew"
-        )
-    return (None if reader is None else reader.directory), problems
-
-
-def _open_log(config: RunConfig, world_size: int) -> RunLog:
-    from pipeline.config import to_yaml
-
-    run_dir, tokenizer = Path(config.run_dir), Path(config.data.tokenizer)
-    log = RunLog.open(run_dir)
-    resolved = to_yaml(config).encode()
-    write_atomic(run_dir / "run.yaml", resolved)
-    write_atomic(log.attempt_dir / "run.yaml", resolved)
-    if not (run_dir / "tokenizer").exists():
-        shutil.copytree(tokenizer, run_dir / "tokenizer")
-    return log
-
-
-def _record_environment(log: RunLog | None, world: World, device: torch.device) -> None:
-    """Write which process on which host is which rank, and in which versions, into the attempt's directory."""
-    ranks = world.gather({"host": socket.gethostname(), "pid": os.getpid(), **describe(device)})
-    if log is None:
-        return
-    packages = {name: version(name) for name in ("torch", "deepspeed", "mpi4py", "zarr", "numpy")}
-    environment = {"command": sys.argv, "python": sys.version.split()[0], "packages": packages, "ranks": ranks}
-    write_atomic(log.attempt_dir / "environment.json", json.dumps(environment, indent=1).encode())

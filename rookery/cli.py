@@ -12,6 +12,7 @@ import typer
 
 import rookery.data
 from data_prep.world import World
+from pipeline.errors import ExitCode
 from rookery.display import training_display
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(rookery.data.app, name="data")
 
-BAD_INPUT = 12
+INTERRUPTED = 130
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a YAML file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -117,21 +118,22 @@ def main() -> int:
         # Every rank has the same arguments, so every rank is here.
         if World.discover().rank == 0:
             print(f"rookery: {error.format_message()} (see `rookery --help`)", file=sys.stderr)
-        return BAD_INPUT
-    except typer.Abort:
-        return 1
+        return ExitCode.BAD_INPUT
+    except (typer.Abort, KeyboardInterrupt):
+        World.discover().abort(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         return _report_failure(error)
 
 
 def _report_failure(error: Exception) -> int:
-    code = BAD_INPUT if isinstance(error, ValueError) else 1
+    code = int(ExitCode.BAD_INPUT) if isinstance(error, ValueError) else 1
     try:
         world = World.discover()
     except ValueError:  # the launcher and MPI disagree, which is the error itself
         world = World()
     if world.rank == 0 or not world.failed_together:
-        if code == BAD_INPUT:
+        if code == ExitCode.BAD_INPUT:
             print(f"rookery: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.errors import ExitCode
+
 if TYPE_CHECKING:
     from data_prep.manifest import Manifest
 
@@ -25,7 +27,6 @@ MoreInputs = Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="M
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a dataset.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-BAD_INPUT = 12  # the exit code for input that must be mended before anything can start
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -115,7 +116,7 @@ def verify(directory: Dataset, as_json: AsJson = False) -> None:
     else:
         print("\n".join(problems) or f"{directory}: whole")
     if problems:
-        raise typer.Exit(BAD_INPUT)
+        raise typer.Exit(ExitCode.BAD_INPUT)
 
 
 @app.command()

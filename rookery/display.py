@@ -59,7 +59,7 @@ def figures(record: dict[str, Any]) -> str:
 
 def evaluation_table(result: dict[str, Any]) -> None:
     """Print loss against depth."""
-    table = Table(title=f"{result['checkpoint']} on {result['tokens']:,} tokens")
+    table = Table(title=f"{result['checkpoint']} on {result['evaluated_tokens']:,} tokens")
     table.add_column("depth", justify="right")
     table.add_column("loss (nats/token)", justify="right")
     table.add_column("relative residual", justify="right")

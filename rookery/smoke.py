@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ class Smoke:
         self._rookery("report", "report", ".", "--out", "report.html")
         return f"{(self.workdir / 'report.html').stat().st_size / 1e6:.1f} MB"
 
-    @property
+    @cached_property
     def _config(self) -> Any:
         from pipeline.config import load_config
 
@@ -306,6 +307,7 @@ def _prepare(workdir: Path) -> None:
         shutil.rmtree(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / _MARKER).touch()
+    (workdir / "attempts").mkdir()  # makes it a run directory, which training would not make of a full one
 
 
 def _stdlib_texts(root: Path) -> Iterator[tuple[str, Path, int]]:

@@ -40,6 +40,22 @@ def test_a_failure_on_one_rank_reaches_every_rank(error: str, peer: str, is_inpu
     ]
 
 
+def test_ranks_that_fail_differently_end_with_one_kind_of_error() -> None:
+    """Launchers merge exit codes bit by bit: 1 and 12 would become 13, an unhealthy node."""
+    program = PROGRAM.replace(
+        "        if world.rank == 1:\n            raise ERROR",
+        "        raise {0: OSError}.get(world.rank, ValueError)('x')",
+    )
+    done = subprocess.run(
+        rank_command(2, [sys.executable, "-c", program]),
+        env=rank_environment(2),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sorted(done.stdout.splitlines()) == ["0 OSError False x", "1 PeerError False x (rank 0, opening the data)"]
+
+
 def test_singletons_of_a_wrong_launcher_are_refused() -> None:
     """Each of two processes is told that it is one of two, by variables that this MPI does not read."""
     program = "from data_prep.world import World; World.discover()"

@@ -58,7 +58,7 @@ def build_run(run_dir: Path, steps: int = 100, killed_at: int = 60, resumed_from
             first.event("checkpoint", step=step, seconds=0.4)
     first.close()
     second = RunLog.open(run_dir)
-    second.event("resume", step=resumed_from, checkpoint=f"checkpoints/step-{resumed_from:08d}")
+    second.event("start", step=resumed_from, changed={}, passed_over={})
     for step in range(resumed_from + 1, steps + 1):
         second.step(step_record(step, seed))
         if step % 25 == 0:
@@ -69,5 +69,5 @@ def build_run(run_dir: Path, steps: int = 100, killed_at: int = 60, resumed_from
         path = run_dir / "eval" / f"step-{step:08d}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(evaluation(step, seed)))
-    (run_dir / "run.yaml").write_text(f"schema: 1\nseed: {seed}\nmodel:\n  name: tiny\n")
+    (run_dir / "run.yaml").write_text(f"schema_version: 1\nseed: {seed}\nmodel:\n  name: tiny\n")
     return run_dir

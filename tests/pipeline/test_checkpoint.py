@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -131,16 +132,39 @@ def test_a_manifest_cannot_name_files_outside_its_directory(tmp_path: Path) -> N
     (tmp_path / "secret").write_text("x")
     record = json.loads((path / "manifest.json").read_text())
     record["files"]["../../secret"] = {"bytes": 1, "sha256": "0"}
+    del record["sha256"]
+    record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="outside its directory"):
         CheckpointReader(path)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step)
-    assert prune_checkpoints(tmp_path, 2) == ["step-00000001", "step-00000002"]
+    newest = [save(tmp_path, step) for step in (1, 2, 3, 4)][-1]
+    assert prune_checkpoints(tmp_path, newest, 2) == ["step-00000001", "step-00000002"]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_the_checkpoint_just_saved_outlives_broken_ones_with_higher_numbers(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        save(tmp_path, step)
+    for step in (8, 12):
+        (tmp_path / f"checkpoints/step-{step:08d}/shard-00000.safetensors").write_bytes(b"broken")
+    assert resolve_checkpoint(tmp_path).manifest.progress.step == 4
+    assert prune_checkpoints(tmp_path, save(tmp_path, 7), 2) == []
+    assert resolve_checkpoint(tmp_path).manifest.progress.step == 7
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000007", "superseded-step-00000008", "superseded-step-00000012"}
+
+
+def test_a_manifest_that_was_changed_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = save(tmp_path, 2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"samples": 4', '"samples": 5'))
+    reader, problems = newest_valid(tmp_path)
+    assert reader is not None
+    assert reader.manifest.progress.step == 1
+    assert "was changed after it was written" in problems["step-00000002"]
 
 
 def test_a_run_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:

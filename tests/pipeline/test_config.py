@@ -32,9 +32,13 @@ def test_precedence_is_default_then_preset_then_file_then_override(tmp_path: Pat
     assert (other.model.n_embd, other.model.n_heads) == (64, 16)
 
 
-def test_the_run_directory_follows_the_name() -> None:
-    assert load_config("smoke", ["name=first"]).run_dir == "runs/first"
-    assert load_config("smoke", ["run_dir=elsewhere"]).run_dir == "elsewhere"
+def test_the_run_directory_follows_the_name_and_paths_mean_the_same_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("smoke", ["name=first"]).run_dir == str(tmp_path / "runs/first")
+    config = load_config("smoke", ["run_dir=elsewhere", "data.train=tokens"])
+    assert (config.run_dir, config.data.train) == (str(tmp_path / "elsewhere"), str(tmp_path / "tokens"))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,11 @@ def test_the_run_directory_follows_the_name() -> None:
         (["name=[1"], r"override 'name=\[1': the value is not valid YAML"),
         (["zero.stage=4"], r"zero\.stage: 4"),
         (["checkpoint.keep_last=1"], r"checkpoint\.keep_last: 1"),
+        (["optimizer.learning_rate=.nan"], r"optimizer\.learning_rate: nan is not a finite number"),
+        (["depth.sigma=.inf"], r"depth\.sigma: inf is not a finite number"),
+        (["model.norm_eps=-1"], r"model\.norm_eps: -1"),
+        (["seed=9223372036854775808"], r"seed: "),
+        (["train.attention=flash", "train.precision=fp32"], r"train\.attention: flash needs"),
         (["schema_version=9"], r"schema_version: 9"),
         (["run_dir=${nowhere}"], r"run_dir: .*nowhere"),
     ],
@@ -67,6 +76,7 @@ def test_bad_overrides_are_refused_with_path_value_and_help(overrides: list[str]
         ("a: [1", "not valid YAML"),
         ("- 1", "the top level must map"),
         ("", "the top level must map"),
+        ("seed: 1\nname: x\nseed: 2", "key 'seed' is given twice"),
         ("name: x", "model: a value is required"),
     ],
 )

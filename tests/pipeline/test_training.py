@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_world_size_stage_and_micro_batches_do_not_change_the_curve(
 def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four_in_another_stage(
     uninterrupted: Path, workdir: Path
 ) -> None:
-    for steps, ranks, stage in ((4, 2, 1), (8, None, 0), (12, 4, 2)):
+    for steps, ranks, stage in ((4, 2, 1), (8, 2, 0), (10, None, 0), (12, 4, 2)):
         # The schedule is a function of the whole run's length: hold it still while the run grows in parts.
         done = train(workdir, f"train.steps={steps}", "optimizer.cooldown_steps=0", f"zero.stage={stage}", ranks=ranks)
         assert done.returncode == 0, done.stderr
@@ -163,7 +164,32 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(uninter
     assert "shard-00000.safetensors" in start["passed_over"]["step-00000008"]
 
 
-def test_a_diverging_run_ends_with_11_and_saves_nothing_of_it(workdir: Path) -> None:
+def test_a_second_job_on_the_same_run_is_refused(workdir: Path) -> None:
+    first = start_training(workdir, "train.steps=4000", "checkpoint.every=4000")
+    wait_for_step(workdir / "run", 1)
+    second = train(workdir, "train.steps=4000", ranks=None)
+    assert second.returncode == 12
+    assert "another job is at work on" in second.stderr
+    first.terminate()
+    assert first.wait(60) == 10
+    assert [path.name for path in (workdir / "run/attempts").iterdir()] == ["0001"]
+
+
+def test_a_row_that_breaks_in_mid_run_is_a_failure_with_the_rank_s_own_report(workdir: Path, corpus: Path) -> None:
+    (workdir / "data").unlink()
+    shutil.copytree(corpus / "data", workdir / "data")
+    for shard in (workdir / "data/train").rglob("c.0.0"):
+        content = bytearray(shard.read_bytes())
+        content[66 :: 2 * 70] = bytes(len(content[66 :: 2 * 70]))  # the checksum of every other row
+        shard.write_bytes(content)
+    done = train(workdir)
+    assert done.returncode not in (0, 10, 11, 12, 13)
+    reports = list((workdir / "run/attempts/0001").glob("failure-*.json"))
+    assert reports
+    assert "checksum" in "".join(json.loads(reports[0].read_text())["error"])
+
+
+def test_a_diverging_run_ends_with_11_and_says_what_to_do(workdir: Path) -> None:
     done = train(
         workdir, "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0", "checkpoint.every=100", ranks=None
     )
@@ -171,7 +197,6 @@ def test_a_diverging_run_ends_with_11_and_saves_nothing_of_it(workdir: Path) -> 
     outcome = read_outcome(workdir / "run", 1)
     assert outcome is not None
     assert "optimizer.learning_rate" in outcome["reason"]
-    assert list_checkpoints(workdir / "run") == []
 
 
 @pytest.mark.parametrize(
@@ -179,12 +204,13 @@ def test_a_diverging_run_ends_with_11_and_saves_nothing_of_it(workdir: Path) -> 
     [
         (["train.stepz=3"], "train.stepz: unknown key (did you mean 'steps'?)"),
         (["train.steps=many"], "train.steps: Value 'many'"),
-        (["data.train=nowhere"], "nowhere"),
+        (["data.train=nowhere"], "data.train: "),
         (["model.vocab_size=300"], "model.vocab_size: 300 is smaller than the 512 tokens"),
         (["model.block_size=16"], "model.block_size = 16"),
         (["train.global_batch_size=7"], "train.global_batch_size: 7 is not a multiple of 2 ranks"),
         (["train.precision=bf16", "zero.stage=0"], "zero.stage: 0"),
         (["train.attention=flash"], "train.attention: "),
+        (["run_dir=data"], "data holds something that is not a run"),
     ],
 )
 def test_bad_input_is_one_message_exit_12_and_nothing_written(

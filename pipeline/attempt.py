@@ -1,0 +1,183 @@
+"""One launch of a run: what is checked before anything is written, and what is written about the launch itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_prep.files import published_directory
+from data_prep.manifest import Manifest
+from data_prep.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from data_prep.world import PeerError, World
+from kernels.attention import backend_problem
+from monitoring.runlog import RunLog, write_atomic
+from pipeline.accelerator import describe
+from pipeline.checkpoint import CheckpointManifest, CheckpointReader, newest_valid
+from pipeline.errors import CheckpointError, ConfigError, RunError
+from pipeline.loader import open_training_data
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where an attempt begins.
+
+    Attributes:
+        data: manifest of the training data.
+        reader: the checkpoint to resume from, None for a new run.
+        changes: dotted path -> [then, now] of what changed in the configuration since that checkpoint.
+        passed_over: name -> problem of newer checkpoints that are not intact.
+    """
+
+    data: Manifest
+    reader: CheckpointReader | None
+    changes: dict[str, list[Any]]
+    passed_over: dict[str, str]
+
+
+def prepare(config: RunConfig, world: World) -> Start:
+    """Check everything that can be wrong with the input; a collective that writes nothing.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: bad input, on every rank.
+    """
+    with world.guard("configuration"):
+        config.train.check_world_size(world.size)
+        if problem := backend_problem(config.train.attention):
+            raise ConfigError(f"train.attention: {problem}")
+        # One rank looks at the files; thousands of ranks that stat every shard bring a file system down.
+        found = _look(config) if world.rank == 0 else None
+    looked = world.broadcast(found)
+    assert looked is not None
+    data, directory, passed_over = looked
+    with world.guard("checkpoint"):
+        reader = None if directory is None else CheckpointReader(directory, verify=False)
+        changes = {} if reader is None else check_resumable(reader.manifest, config, data)
+    return Start(data=data, reader=reader, changes=changes, passed_over=passed_over)
+
+
+def _look(config: RunConfig) -> tuple[Manifest, Path | None, dict[str, str]]:
+    run_dir = Path(config.run_dir)
+    data = open_training_data(config)
+    if run_dir.exists() and not (run_dir / "attempts").is_dir() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ConfigError(f"run_dir: {run_dir} holds something that is not a run; name a new or empty directory")
+    kept = run_dir / "tokenizer"
+    if kept.exists() and Tokenizer.load(kept).sha256 != data.tokenizer_sha256:
+        raise ConfigError(f"data.tokenizer: the run in {run_dir} has another tokenizer; choose another run_dir")
+    reader, problems = newest_valid(run_dir)
+    if reader is None and problems:
+        raise CheckpointError(
+            f"{run_dir}: none of its checkpoints is intact ({'; '.join(problems.values())});"
+            " restore one, or choose another run_dir to start anew"
+        )
+    return data, (None if reader is None else reader.directory), problems
+
+
+def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Manifest) -> dict[str, list[Any]]:
+    """Return what changed in the configuration since the checkpoint: dotted path -> [then, now].
+
+    Raises:
+        CheckpointError: the model's shape, the seed, the tokenizer or the training data changed.
+    """
+    changes = _differences(saved.config, dataclasses.asdict(config))
+    for key, (then, now) in changes.items():
+        if key == "seed" or key.startswith("model."):
+            raise CheckpointError(
+                f"{key}: the checkpoints of {config.run_dir} have {then!r}, the configuration {now!r};"
+                " set it back or choose another run_dir"
+            )
+    for what, before, after in (
+        ("tokenizer", saved.tokenizer_sha256, data.tokenizer_sha256),
+        ("training data", saved.data_fingerprint, data.fingerprint),
+    ):
+        if before != after:
+            raise CheckpointError(
+                f"data.train: the {what} of {config.data.train} is not the one that {config.run_dir} was trained on"
+                f" ({before[:12]} then, {after[:12]} now); name the old dataset or choose another run_dir"
+            )
+    return changes
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    changes: dict[str, list[Any]] = {}
+    for key in before.keys() | after.keys():
+        then, now = before.get(key), after.get(key)
+        if isinstance(then, dict) and isinstance(now, dict):
+            changes |= _differences(then, now, f"{prefix}{key}.")
+        elif then != now:
+            changes[prefix + key] = [then, now]
+    return dict(sorted(changes.items()))
+
+
+@contextmanager
+def attempt(config: RunConfig, world: World, device: torch.device, start: Start) -> Iterator[RunLog | None]:
+    """Yield the run log of a new attempt on rank 0, None elsewhere; write down how the block failed, if it does.
+
+    The rank that fails writes `attempts/NNNN/failure-RANK.json`: rank 0 may be waiting for it, or be ended with it.
+
+    Raises:
+        RunError: the block raised a `ValueError`; what was bad input before the start is a failure of the run now.
+    """
+    with world.guard("run directory"):
+        log = _open_log(config) if world.rank == 0 else None
+    directory = world.broadcast(None if log is None else log.attempt_dir)
+    assert directory is not None
+    _record_environment(log, world, device)
+    if log is not None:
+        step = 0 if start.reader is None else start.reader.manifest.progress.step
+        log.event("start", step=step, changed=start.changes, passed_over=start.passed_over)
+    try:
+        yield log
+    except Exception as error:
+        if not isinstance(error, PeerError):
+            report = {"rank": world.rank, "host": socket.gethostname(), "error": traceback.format_exception(error)}
+            write_atomic(directory / f"failure-{world.rank:05d}.json", json.dumps(report, indent=1).encode())
+        if log is not None:
+            log.outcome(1, f"{type(error).__name__}: {error}")
+        if isinstance(error, ValueError):
+            raise RunError(f"{config.run_dir}: {error}") from error
+        raise
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _open_log(config: RunConfig) -> RunLog:
+    from pipeline.config import to_yaml
+
+    run_dir, tokenizer = Path(config.run_dir), Path(config.data.tokenizer)
+    log = RunLog.open(run_dir)
+    resolved = to_yaml(config).encode()
+    write_atomic(run_dir / "run.yaml", resolved)
+    write_atomic(log.attempt_dir / "run.yaml", resolved)
+    if not (run_dir / "tokenizer").exists():
+        with published_directory(run_dir / "tokenizer") as partial:
+            for name in (TOKENIZER_FILE, CONFIG_FILE):
+                if (tokenizer / name).is_file():
+                    shutil.copyfile(tokenizer / name, partial / name)
+    return log
+
+
+def _record_environment(log: RunLog | None, world: World, device: torch.device) -> None:
+    """Write which process on which host is which rank, and in which versions, into the attempt's directory."""
+    ranks = world.gather({"host": socket.gethostname(), "pid": os.getpid(), **describe(device)})
+    if log is None:
+        return
+    packages = {name: version(name) for name in ("torch", "deepspeed", "mpi4py", "zarr", "numpy")}
+    environment = {"command": sys.argv, "python": sys.version.split()[0], "packages": packages, "ranks": ranks}
+    write_atomic(log.attempt_dir / "environment.json", json.dumps(environment, indent=1).encode())
