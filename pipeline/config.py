@@ -204,7 +204,9 @@ def _check_keys(tree: object, schema: type, prefix: str) -> None:
     hints = typing.get_type_hints(schema)
     for key, value in tree.items():
         if key not in hints:
-            raise ConfigError(f"{prefix}{key}: unknown key{_nearest(str(key), hints)}; valid: {', '.join(hints)}")
+            raise ConfigError(
+                f"{prefix}{key}: unknown key{_nearest(str(key), hints, prefix)}; valid: {', '.join(hints)}"
+            )
         if dataclasses.is_dataclass(hints[key]):
             _check_keys(value, cast(type, hints[key]), f"{prefix}{key}.")
     for item in dataclasses.fields(schema):
@@ -213,6 +215,6 @@ def _check_keys(tree: object, schema: type, prefix: str) -> None:
             raise ConfigError(f"{prefix}{item.name}: a value is required")
 
 
-def _nearest(word: str, choices: typing.Iterable[str]) -> str:
+def _nearest(word: str, choices: typing.Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean {prefix + close[0]!r}?)" if close else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -144,7 +146,8 @@ def build_engine(
         "communication_data_type": "fp32",
         "steps_per_print": None,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every stage of bf16
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 

@@ -132,4 +132,19 @@ def _keep(reader: CheckpointReader, result: dict[str, Any]) -> None:
         return
     folder = run_dir / "eval"
     folder.mkdir(exist_ok=True)
-    write_atomic(folder / f"{reader.directory.name}.json", json.dumps(result).encode())
+    path = folder / f"{reader.directory.name}.json"
+    write_atomic(path, json.dumps(_merged(path, result)).encode())
+
+
+def _merged(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return `result` with the depths of an earlier evaluation of the same checkpoint on the same tokens."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return result
+    same = ("step", "evaluated_tokens", "unigram_entropy")
+    if not isinstance(earlier, dict) or any(earlier.get(name) != result[name] for name in same):
+        return result
+    losses = {**earlier["loss"], **result["loss"]}
+    deeper = max((earlier, result), key=lambda evaluation: len(evaluation["state_rms"]))
+    return {**deeper, "loss": {depth: losses[depth] for depth in sorted(losses, key=int)}}

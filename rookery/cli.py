@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -62,6 +63,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the validation loss at several depths."""
+    _require_one_rank("eval")
     from pipeline.evaluate import evaluate_checkpoint, parse_depths
     from rookery.display import evaluation_table
 
@@ -79,6 +81,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in the layout of Hugging Face, and compare what was written with the checkpoint."""
+    _require_one_rank("export")
     from pipeline.export import export_checkpoint
 
     difference = export_checkpoint(checkpoint, out)
@@ -94,6 +97,7 @@ def report(
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
     """Write one self-contained HTML page about one run or several."""
+    _require_one_rank("report")
     from monitoring.report import write_report
 
     write_report(runs, out)
@@ -105,18 +109,28 @@ def smoke(
     workdir: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the run.")] = Path("runs/smoke"),
 ) -> None:
     """Run the whole chain, small, on this machine: text, tokens, training, kill, resume, eval, export, report."""
+    _require_one_rank("smoke")
     from rookery.smoke import run_smoke
 
     raise typer.Exit(run_smoke(workdir))
 
 
+def _require_one_rank(command: str) -> None:
+    world = World.discover()
+    with world.guard(command):
+        if world.size > 1:
+            raise ValueError(f"`rookery {command}` runs on one rank; start it without the MPI launcher")
+
+
 def main() -> int:
     """Run the command line; return the exit code of docs/architecture.md."""
+    # Idle OpenMP threads that spin take the cores from other ranks: a busy machine becomes several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return app(standalone_mode=False) or 0
     except typer.TyperException as error:
         # Every rank has the same arguments, so every rank is here.
-        if World.discover().rank == 0:
+        if error.format_message() and World.discover().rank == 0:  # no arguments: the help has been printed
             print(f"rookery: {error.format_message()} (see `rookery --help`)", file=sys.stderr)
         return ExitCode.BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):

@@ -82,7 +82,7 @@ class StageDisplay:
         self._console = Console()
         columns = (
             TextColumn("[bold]{task.description:<16}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TimeElapsedColumn(),
             TextColumn("{task.fields[figure]}"),
         )

@@ -6,6 +6,7 @@ one rank, and compares what they wrote. The run directory is the working directo
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -259,7 +260,7 @@ def run_smoke(workdir: Path) -> int:
         SmokeError: `workdir` holds something that is not an earlier smoke run.
     """
     workdir = workdir.resolve()
-    _prepare(workdir)
+    held = _prepare(workdir)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end our children too
     with StageDisplay(total=8) as display, _peak_memory() as peak:
         smoke = Smoke(workdir, display)
@@ -279,6 +280,7 @@ def run_smoke(workdir: Path) -> int:
     }
     write_atomic(workdir / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
     summary_table(display.finished, summary, workdir)
+    held.close()
     return 1 if problems else 0
 
 
@@ -297,17 +299,33 @@ def failed_checks(summary: dict[str, Any]) -> list[str]:
     return [problem for holds, problem in checks if not holds]
 
 
-def _prepare(workdir: Path) -> None:
-    """Make `workdir` empty and mark it as ours."""
+def _locked(workdir: Path) -> IO[bytes]:
+    """Hold `workdir` against a second smoke run for as long as the returned file is open."""
+    marker = (workdir / _MARKER).open("rb")
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        marker.close()
+        raise SmokeError(f"--workdir {workdir}: another smoke run is at work there; name another") from None
+    return marker
+
+
+def _prepare(workdir: Path) -> IO[bytes]:
+    """Make `workdir` empty, mark it as ours, and hold it."""
     if workdir.exists() and not workdir.is_dir():
         raise SmokeError(f"--workdir {workdir}: is not a directory; name another")
     if workdir.is_dir() and any(workdir.iterdir()):
         if not (workdir / _MARKER).is_file():
             raise SmokeError(f"--workdir {workdir}: holds files that are not an earlier smoke run's; name another")
+        _locked(workdir).close()
         shutil.rmtree(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / _MARKER).touch()
-    (workdir / "attempts").mkdir()  # makes it a run directory, which training would not make of a full one
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / _MARKER).touch()
+        (workdir / "attempts").mkdir()  # makes it a run directory, which training would not make of a full one
+    except OSError as error:
+        raise SmokeError(f"--workdir {workdir}: cannot be written ({error.strerror}); name another") from None
+    return _locked(workdir)
 
 
 def _stdlib_texts(root: Path) -> Iterator[tuple[str, Path, int]]:

@@ -37,4 +37,5 @@ def rank_environment(ranks: int) -> dict[str, str]:
     """Return this process's environment for `ranks` ranks: no other launcher's traces, the cores divided among them."""
     cores = max(1, len(os.sched_getaffinity(0)) // ranks)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
-    return {**clean, "OMP_NUM_THREADS": str(cores)}
+    # Threads that spin while they wait take the cores from other ranks.
+    return {"OMP_WAIT_POLICY": "passive", **clean, "OMP_NUM_THREADS": str(cores)}

@@ -44,7 +44,7 @@ def test_the_run_directory_follows_the_name_and_paths_mean_the_same_from_anywher
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.stepz=3"], r"train\.stepz: unknown key \(did you mean 'steps'\?\); valid: steps, "),
+        (["train.stepz=3"], r"train\.stepz: unknown key \(did you mean 'train\.steps'\?\); valid: steps, "),
         (["trian.steps=3"], r"trian: unknown key \(did you mean 'train'\?\)"),
         (["train.steps=many"], r"train\.steps: Value 'many' of type 'str' could not be converted to Integer"),
         (["train.steps=2.5"], r"train\.steps: .*2\.5"),

@@ -37,6 +37,21 @@ def test_eval_measures_every_depth_and_keeps_the_result(trained: Path) -> None:
     assert json.loads((trained / "run/eval/step-00000008.json").read_text()) == result
 
 
+def test_a_later_eval_adds_its_depths(trained: Path) -> None:
+    for depths in ("1,4,8", "2"):
+        assert rookery("eval", "run", "--depths", depths, "--json", cwd=trained).returncode == 0
+    kept = json.loads((trained / "run/eval/step-00000008.json").read_text())
+    assert list(kept["loss"]) == ["1", "2", "4", "8"]
+    assert len(kept["state_rms"]) == 8
+
+
+@pytest.mark.parametrize("arguments", [["eval", "run"], ["export", "run", "out"], ["report", "run", "--out", "x.html"]])
+def test_single_process_commands_refuse_several_ranks_with_one_message(trained: Path, arguments: list[str]) -> None:
+    done = rookery(*arguments, cwd=trained, ranks=2)
+    assert done.returncode == 12
+    assert done.stderr.count("runs on one rank") == 1
+
+
 def test_eval_agrees_with_a_plain_forward_pass(trained: Path) -> None:
     from data_prep.manifest import Manifest
     from data_prep.shards import RowReader

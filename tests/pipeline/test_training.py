@@ -75,6 +75,10 @@ def test_a_run_leaves_the_documented_directory(uninterrupted: Path) -> None:
     assert read_outcome(uninterrupted, 1)["exit_code"] == 0  # type: ignore[index]
 
 
+def test_training_leaves_nothing_in_shared_memory(uninterrupted: Path) -> None:
+    assert not list(Path("/dev/shm").glob("deepspeed_*"))
+
+
 def test_a_finished_run_is_left_alone(uninterrupted: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*"))
     done = train(uninterrupted.parent)
@@ -202,7 +206,7 @@ def test_a_diverging_run_ends_with_11_and_says_what_to_do(workdir: Path) -> None
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.stepz=3"], "train.stepz: unknown key (did you mean 'steps'?)"),
+        (["train.stepz=3"], "train.stepz: unknown key (did you mean 'train.steps'?)"),
         (["train.steps=many"], "train.steps: Value 'many'"),
         (["data.train=nowhere"], "data.train: "),
         (["model.vocab_size=300"], "model.vocab_size: 300 is smaller than the 512 tokens"),
