@@ -58,7 +58,7 @@ def build_run(run_dir: Path, steps: int = 100, killed_at: int = 60, resumed_from
             first.event("checkpoint", step=step, seconds=0.4)
     first.close()
     second = RunLog.open(run_dir)
-    second.event("start", step=resumed_from, changed={}, passed_over={})
+    second.event("start", step=resumed_from, changed={"train.steps": [60, 100]}, passed_over={})
     for step in range(resumed_from + 1, steps + 1):
         second.step(step_record(step, seed))
         if step % 25 == 0:

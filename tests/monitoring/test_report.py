@@ -68,7 +68,7 @@ def test_the_tables_tell_how_the_run_went(tmp_path: Path) -> None:
         "51 to 100",
         "finished: reached step 100",
         "10 step records superseded by a later attempt, 10 of them replayed: bitwise equal losses.",
-        "step 50, checkpoint checkpoints/step-00000050",
+        "step 50, changed {'train.steps': [60, 100]}",
         "seed: 0",
     ):
         assert expected in text
