@@ -73,7 +73,7 @@ def test_attempts_that_start_at_once_never_share_a_number(tmp_path: Path) -> Non
     numbers = [result for result in results if isinstance(result, int)]
     refusals = [result for result in results if isinstance(result, str)]
     assert len(set(numbers)) == len(numbers) > 0
-    assert all("another job is starting this run" in refusal for refusal in refusals)
+    assert all("another job is" in refusal for refusal in refusals)
 
 
 def test_killing_the_writer_loses_no_step(tmp_path: Path) -> None:
