@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from data_prep.errors import DataError
+from data_prep.files import file_sha256
 from data_prep.manifest import SHARD_FILE, Manifest, Part, part_problem
 from data_prep.shards import shard_bytes
-
-_BLOCK = 2**20
 
 
 def verify_dataset(directory: Path) -> list[str]:
@@ -37,11 +35,7 @@ def _part_problems(directory: Path, manifest: Manifest, part: Part) -> list[str]
     if part.bytes != expected:
         problems.append(f"{directory / part.path}: {part.rows} rows take {expected} bytes, not {part.bytes}")
     shard = directory / part.path / SHARD_FILE
-    digest = hashlib.sha256()
-    with shard.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != part.sha256:
+    if file_sha256(shard) != part.sha256:
         problems.append(f"{shard}: its sha256 is not the manifest's; restore the file or rebuild the dataset")
     return problems + _array_problems(directory / part.path, manifest, part)
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_prep.files import sync_path
+from data_prep.files import file_sha256, sync_path
 from data_prep.world import World
 from pipeline.engine import Fragment
 from pipeline.errors import CheckpointError, ConfigError
@@ -32,7 +32,6 @@ FORMAT = "rookery-checkpoint"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
-_HASH_CHUNK = 1 << 22
 
 
 @dataclass(kw_only=True)
@@ -317,12 +316,3 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     save_file(tensors, path, metadata=metadata)  # makes a new file that only its owner may read
     path.chmod(mode)
     sync_path(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
