@@ -28,6 +28,7 @@ from pipeline.train import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 SCHEMA_VERSION = 1
+ONLY_DATASET = "all"  # the name of the dataset that `data.train: PATH` gives
 
 
 @dataclass(kw_only=True)
@@ -143,6 +144,13 @@ def _expand_preset(tree: dict[str, Any]) -> None:
         tree["model"] = {"preset": tree["model"]}
 
 
+def _expand_only_dataset(tree: DictConfig) -> None:
+    """Write `data.train: PATH` in its long form, a mixture of one dataset."""
+    data = tree.get("data")
+    if isinstance(data, DictConfig) and isinstance(data.get("train"), str):
+        data["train"] = {ONLY_DATASET: {"path": data["train"]}}
+
+
 def _scalar(override: str, text: str) -> object:
     try:
         return yaml.safe_load(text)
@@ -155,6 +163,7 @@ def _to_run_config(tree: DictConfig) -> RunConfig:
     if isinstance(model, DictConfig) and "preset" in model:
         preset = str(model.pop("preset"))
         tree["model"] = OmegaConf.merge(_read_yaml(_locate(preset, "models", "model preset")), model)
+    _expand_only_dataset(tree)
     _check_keys(OmegaConf.to_container(tree), RunConfig, "")
     try:
         resolved = OmegaConf.merge(OmegaConf.structured(RunConfig), tree)
@@ -176,12 +185,23 @@ def _check_keys(tree: object, schema: type, prefix: str) -> None:
     for key, value in tree.items():
         if key not in hints:
             raise ConfigError(f"{prefix}{key}: unknown key{_nearest(str(key), hints)}; valid: {', '.join(hints)}")
-        if dataclasses.is_dataclass(hints[key]):
-            _check_keys(value, cast(type, hints[key]), f"{prefix}{key}.")
+        _check_nested(value, hints[key], f"{prefix}{key}")
     for item in dataclasses.fields(schema):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in tree:
             raise ConfigError(f"{prefix}{item.name}: a value is required")
+
+
+def _check_nested(value: object, hint: Any, path: str) -> None:
+    if dataclasses.is_dataclass(hint):
+        _check_keys(value, cast(type, hint), f"{path}.")
+    elif dataclasses.is_dataclass(inner := (typing.get_args(hint) or (None,))[-1]):  # dict[str, X] or list[X]
+        container = typing.get_origin(hint)
+        if not isinstance(value, container):
+            raise ConfigError(f"{path}: {value!r} is not a {'section of names' if container is dict else 'list'}")
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            _check_keys(entry, cast(type, inner), f"{path}.{key}." if container is dict else f"{path}[{key}].")
 
 
 def _nearest(word: str, choices: typing.Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data_prep.manifest import Manifest
 from data_prep.world import World
 from kernels.attention import backend_problem
 from monitoring.runlog import Record, RunLog, write_atomic
@@ -46,7 +45,7 @@ from pipeline.engine import (
     stop_process_group,
 )
 from pipeline.errors import CheckpointError, ConfigError, ExitCode
-from pipeline.loader import Loader, MicroBatch, open_training_data
+from pipeline.loader import Loader, MicroBatch, TrainingData, open_training_data
 from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
 from pipeline.optim import build_optimizer, learning_rate
 
@@ -114,10 +113,12 @@ def train(config: RunConfig, world: World, on_step: Callable[[Record], None] = l
     run_dir = Path(config.run_dir)
     with world.guard("configuration"):
         config.train.check_world_size(world.size)
-        # One rank looks at the files; thousands of ranks that stat every shard bring a file system down.
+        # One rank reads the manifests; thousands that look at every shard bring a file system down.
         opened = open_training_data(config) if world.rank == 0 else None
     data = world.broadcast(opened)
     assert data is not None
+    with world.guard("dataset"):
+        data.check_shards(world.rank, world.size)
     with world.guard("checkpoint selection"):
         found, problems = _find_checkpoint(run_dir) if world.rank == 0 else (None, {})
     found = world.broadcast(found)
@@ -161,7 +162,7 @@ class Training:
         self,
         config: RunConfig,
         world: World,
-        data: Manifest,
+        data: TrainingData,
         device: torch.device,
         log: RunLog | None,
         on_step: Callable[[Record], None],
@@ -171,11 +172,10 @@ class Training:
         self._log, self._on_step = log, on_step
         self._run_dir = Path(config.run_dir)
         self._loader = Loader(
-            Path(config.data.train),
             data,
-            seed=config.seed,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
+            prefetch=config.data.prefetch,
         )
         with device:
             model = RecurrentDepthModel(config.model, config.train.attention, config.train.checkpoint_iterations)
@@ -209,7 +209,7 @@ class Training:
     def loop(self) -> tuple[ExitCode, str]:
         """Train to the last step, a stop signal or a non-finite loss; return how it ended and why."""
         config = self._config
-        with StopSignals() as signals:
+        with StopSignals() as signals, closing(self._loader):
             while self.progress.step < config.train.steps:
                 record, stop_requests = self._step(signals.received)
                 if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
@@ -234,12 +234,14 @@ class Training:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens, gradient_norm = 0, math.nan
         batches = self._loader.micro_batches(self.progress.samples, self._world.rank, self._world.size)
+        mean_tokens = self._mean_trained_tokens(batches)
         for index, batch in enumerate(batches):
             loss = self._forward(batch, depth, trace if index == 0 else None)
-            self._engine.backward(loss)
+            # Every token of the global batch weighs the same, however padding and masks fall on micro-batches.
+            self._engine.backward(loss * (batch.trained_tokens / mean_tokens))
             gradient_norm = optimizer_step(self._engine, config.optimizer.gradient_clipping)
-            loss_sum += loss.detach().double() * batch.labels.numel()
-            tokens += batch.labels.numel()
+            loss_sum += loss.detach().double() * batch.trained_tokens
+            tokens += batch.trained_tokens
         synchronize(self._device)
         total_loss, total_tokens, stop_requests = self._world.sum(np.array([float(loss_sum), tokens, stop]))
         seconds = time.perf_counter() - started
@@ -267,9 +269,17 @@ class Training:
     def _forward(self, batch: MicroBatch, depth: tuple[int, int], trace: Trace | None) -> torch.Tensor:
         keys = torch.tensor([stream_key(self._config.seed, "state", int(sample)) for sample in batch.samples])
         state = self._engine.module.initial_state(keys.to(self._device), batch.input_ids.shape[1])
-        input_ids, labels = batch.input_ids.to(self._device), batch.labels.to(self._device)
+        input_ids = batch.input_ids.to(self._device)
+        # Nothing to train on: the loss will weigh nothing, but a mean over no label would be nan.
+        labels = batch.labels.to(self._device) if batch.trained_tokens else input_ids
         loss: torch.Tensor = self._engine(input_ids, state, depth, labels, trace)
         return loss
+
+    def _mean_trained_tokens(self, batches: list[MicroBatch]) -> float:
+        """Return the mean number of trained tokens of a micro-batch, over all ranks."""
+        counts = np.array([sum(batch.trained_tokens for batch in batches), len(batches)], dtype=np.float64)
+        tokens, number = counts if self._data.trains_on_all else self._world.sum(counts)
+        return float(max(tokens, 1.0) / number)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -280,7 +290,7 @@ class Training:
             self._shapes,
             progress=self.progress,
             config=dataclasses.asdict(self._config),
-            data_fingerprint=self._data.fingerprint,
+            data_fingerprint=self._data.mixture.fingerprint(self.progress.samples),
             tokenizer_sha256=self._data.tokenizer_sha256,
         )
         if self._log is not None:
@@ -320,11 +330,11 @@ class StopSignals:
         self.received = True
 
 
-def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Manifest) -> dict[str, list[Any]]:
+def check_resumable(saved: CheckpointManifest, config: RunConfig, data: TrainingData) -> dict[str, list[Any]]:
     """Return what changed in the configuration since the checkpoint: dotted path -> [then, now].
 
     Raises:
-        CheckpointError: the model's shape, the seed, the tokenizer or the training data changed.
+        CheckpointError: the model's shape, the seed, the tokenizer or the training data so far changed.
     """
     changes = _differences(saved.config, dataclasses.asdict(config))
     for key, (then, now) in changes.items():
@@ -335,12 +345,14 @@ def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Manifest
             )
     for what, then, now in (
         ("tokenizer", saved.tokenizer_sha256, data.tokenizer_sha256),
-        ("training data", saved.data_fingerprint, data.fingerprint),
+        ("training data", saved.data_fingerprint, data.mixture.fingerprint(saved.progress.samples)),
     ):
         if then != now:
+            directories = ", ".join(map(str, data.directories))
             raise CheckpointError(
-                f"data.train: the {what} of {config.data.train} is not the one that {config.run_dir} was trained on"
-                f" ({then[:12]} then, {now[:12]} now); name the old dataset or choose another run_dir"
+                f"data.train: the {what} of {directories} is not the one that {config.run_dir} was trained on so far"
+                f" ({then[:12]} then, {now[:12]} now); name the old datasets, weights and limits, or choose another"
+                " run_dir"
             )
     return changes
 

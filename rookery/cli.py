@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import rookery.data
+import rookery.samples
 from data_prep.world import World
 from rookery.display import training_display
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(rookery.data.app, name="data")
+rookery.data.app.command()(rookery.samples.order)
+rookery.data.app.command()(rookery.samples.show)
 
 BAD_INPUT = 12
 
