@@ -9,8 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET ?= --quiet --quiet
-# Where the site has an MPI of its own: make setup EXTRAS=dev
-EXTRAS ?= dev,mpi
+# Where the site has an MPI of its own: make setup EXTRAS=dev,encoders
+EXTRAS ?= dev,encoders,mpi
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(QUIET) --constraint constraints.txt
 PIP_FAILED := { echo "setup: pip failed, see above; all that it says: make setup QUIET=" >&2; exit 1; }
 
@@ -37,7 +37,7 @@ soak: $(STAMP) ## the long tests that `make test` leaves out
 	$(BIN)/python -m pytest -m soak --timeout 0
 
 bench: $(STAMP) ## every script of benchmarks/
-	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@for name in $(basename $(notdir $(sort $(wildcard benchmarks/[a-z]*.py)))); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 clean: ## remove .venv, caches and build results; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -53,6 +53,21 @@ def publish(partial: Path, out: Path) -> None:
     sync_path(out.parent)
 
 
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, and stays."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_path(path.parent)
+
+
 @contextmanager
 def published_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `out` when the block ends, and vanishes when it raises."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,12 +19,12 @@ from data_prep.errors import DataError
 MANIFEST_FILE = "manifest.json"
 SHARD_FILE = "c.0.0"
 FORMAT = "rookery-dataset"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _REBUILD = "the manifest was changed or damaged: restore it, or rebuild with `rookery data build`"
 _ITEM_BYTES = {"uint16": 2, "uint32": 4}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_PART_NAME = re.compile(r"part-[0-9]+")
+_PART_NAME = re.compile(r"part-[0-9]+(-[0-9]+)?")
 
 T = TypeVar("T")
 
@@ -43,12 +43,15 @@ class Part:
         rows: number of rows, at least 1.
         bytes: size of its shard file.
         sha256: hex digest of its shard file.
+        mask_bytes, mask_sha256: the same of the shard of its loss masks; 0 and "" if all of its tokens are trained on.
     """
 
     path: str
     rows: int
     bytes: int
     sha256: str
+    mask_bytes: int = 0
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,18 @@ class Manifest:
         tokenizer_sha256: digest of the tokenizer.json that encoded it.
         vocab_size: number of tokens of that tokenizer.
         special_ids: ids of its control tokens by name.
-        documents: number of documents that went in.
-        dropped_tokens: tokens that filled no row (the tail of each part) and are in no row.
-        text_bytes: bytes of UTF-8 text that went in.
+        documents: number of documents that were encoded.
+        dropped_tokens: tokens that are in no row, such as those at the end of a part that fill none.
+        text_bytes: bytes of UTF-8 text that were encoded.
         unigram_entropy: entropy of the distribution of the stored tokens, nats per token.
         parts: the arrays, in the order of their rows.
+        packing: how documents were laid into rows, see `data_prep.packing`.
+        padding_tokens: tokens in rows that belong to no document.
+        split_documents: documents that are in several rows, or in rows only in part.
+        counters: documents that were left out or changed, by reason: `empty`, `skipped` (bad ones), and those of the
+            filters.
+        provenance: what the dataset was made of: `inputs`, `files`, `file_bytes`, `settings`, and `plan_sha256`, the
+            digest of plan.json. No part of the fingerprint.
     """
 
     sequence_length: int
@@ -78,6 +88,11 @@ class Manifest:
     text_bytes: int
     unigram_entropy: float
     parts: tuple[Part, ...]
+    packing: str = "concatenate"
+    padding_tokens: int = 0
+    split_documents: int = 0
+    counters: Mapping[str, int] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def row_tokens(self) -> int:
@@ -111,7 +126,7 @@ class Manifest:
         Independent of names and paths, of the number of ranks that built the dataset, and of where it lies.
         """
         content = [FORMAT, self.tokenizer_sha256, self.sequence_length, self.dtype]
-        content += [[part.rows, part.sha256] for part in self.parts]
+        content += [[part.rows, part.sha256, part.mask_sha256] for part in self.parts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def as_record(self) -> dict[str, Any]:
@@ -132,14 +147,23 @@ class Manifest:
             "rows": self.rows,
             "tokens": self.tokens,
             "dropped_tokens": self.dropped_tokens,
+            "packing": self.packing,
+            "padding_tokens": self.padding_tokens,
+            "split_documents": self.split_documents,
+            "counters": dict(self.counters),
             "text_bytes": self.text_bytes,
             "unigram_entropy": self.unigram_entropy,
+            "provenance": dict(self.provenance),
             "parts": [vars(part) for part in self.parts],
         }
 
     def write(self, directory: Path) -> None:
         """Write `directory`/manifest.json; `directory` is not published yet, so that the name needs no care."""
-        (directory / MANIFEST_FILE).write_text(json.dumps(self.as_record(), indent=1) + "\n", encoding="utf-8")
+        (directory / MANIFEST_FILE).write_bytes(self.as_bytes())
+
+    def as_bytes(self) -> bytes:
+        """Return the content of manifest.json."""
+        return (json.dumps(self.as_record(), indent=1) + "\n").encode()
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
@@ -249,7 +273,7 @@ def _parse(value: object, where: str) -> Manifest:
         )
     tokenizer = record.child("tokenizer")
     vocab_size = tokenizer.take_count("vocab_size", minimum=1)
-    special = tokenizer.child("special_ids")
+    special, counters = tokenizer.child("special_ids"), record.child("counters")
     manifest = Manifest(
         sequence_length=record.take_count("sequence_length", minimum=1),
         dtype=smallest_dtype(vocab_size),
@@ -264,6 +288,11 @@ def _parse(value: object, where: str) -> Manifest:
             _parse_part(_Record(part, where, f"parts[{index}]."))
             for index, part in enumerate(record.take("parts", list))
         ),
+        packing=record.take("packing", str),
+        padding_tokens=record.take_count("padding_tokens"),
+        split_documents=record.take_count("split_documents"),
+        counters={name: counters.take_count(name) for name in counters.names()},
+        provenance=record.take("provenance", dict),
     )
     for name, token_id in manifest.special_ids.items():
         if token_id >= vocab_size:
@@ -288,6 +317,8 @@ def _parse_part(record: _Record) -> Part:
         rows=record.take_count("rows", minimum=1),
         bytes=record.take_count("bytes", minimum=1),
         sha256=record.take_sha256("sha256"),
+        mask_bytes=record.take_count("mask_bytes"),
+        mask_sha256=record.take("mask_sha256", str),
     )
     if not _PART_NAME.fullmatch(part.path):  # a path from a file is never followed out of the dataset
         record.refuse("path", part.path, "should look like part-00000")

@@ -51,16 +51,17 @@ class Permutation:
         return (high << self._low_bits) | low
 
 
-def sample_rows(samples: npt.NDArray[np.integer], rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return the row of each global sample index, any shape: every row once an epoch, each epoch in its own order.
+def sample_rows(samples: npt.NDArray[np.integer], rows: int, seed: int, source: int = 0) -> npt.NDArray[np.int64]:
+    """Return the row of each sample index, any shape: every row once an epoch, each epoch in its own order.
 
-    Sample s belongs to epoch s // rows. A pure function: neither rank nor world size enters.
+    Sample s belongs to epoch s // rows. A pure function: neither rank nor world size enters. Datasets of a mixture
+    count their own samples; `source` tells them apart, so that two of equal size are ordered independently.
     """
     epochs, positions = np.divmod(np.asarray(samples, dtype=np.int64), rows)
     chosen = np.empty_like(positions)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        chosen[here] = Permutation(rows, (seed, int(epoch))).apply(positions[here])
+        chosen[here] = Permutation(rows, (seed, int(epoch), source)).apply(positions[here])
     return chosen
 
 

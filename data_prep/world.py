@@ -7,7 +7,7 @@ small control messages pass through it; tensors travel on the collective library
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -87,6 +87,11 @@ class World:
             )
         return world
 
+    @property
+    def communicator(self) -> MPI.Intracomm | None:
+        """What carries messages between ranks; None for a single rank."""
+        return self._communicator
+
     def broadcast(self, value: T, root: int = 0) -> T:
         """Return rank `root`'s value on every rank."""
         return value if self._communicator is None else self._communicator.bcast(value, root=root)
@@ -98,6 +103,11 @@ class World:
     def allgather(self, value: T) -> list[T]:
         """Return every rank's value in rank order on every rank."""
         return [value] if self._communicator is None else self._communicator.allgather(value)
+
+    def exchange(self, values: Sequence[T]) -> list[T]:
+        """Give `values[r]` to rank r, for every r; return what every rank gave to this one, in rank order."""
+        assert len(values) == self.size
+        return list(values) if self._communicator is None else self._communicator.alltoall(list(values))
 
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Return the element-wise sum over ranks, float64, same shape. Bitwise repeatable for a given world size."""

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.files import published_directory
-from data_prep.manifest import Manifest
 from data_prep.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from data_prep.world import PeerError, World
 from kernels.attention import backend_problem
@@ -27,7 +26,7 @@ from monitoring.runlog import RunLog, write_atomic
 from pipeline.accelerator import describe
 from pipeline.checkpoint import CheckpointManifest, CheckpointReader, newest_valid
 from pipeline.errors import CheckpointError, ConfigError, RunError
-from pipeline.loader import open_training_data
+from pipeline.loader import TrainingData, open_training_data
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -38,13 +37,13 @@ class Start:
     """Where an attempt begins.
 
     Attributes:
-        data: manifest of the training data.
+        data: the training data and the order of its samples.
         reader: the checkpoint to resume from, None for a new run.
         changes: dotted path -> [then, now] of what changed in the configuration since that checkpoint.
         passed_over: name -> problem of newer checkpoints that are not intact.
     """
 
-    data: Manifest
+    data: TrainingData
     reader: CheckpointReader | None
     changes: dict[str, list[Any]]
     passed_over: dict[str, str]
@@ -60,18 +59,20 @@ def prepare(config: RunConfig, world: World) -> Start:
         config.train.check_world_size(world.size)
         if problem := backend_problem(config.train.attention):
             raise ConfigError(f"train.attention: {problem}")
-        # One rank looks at the files; thousands of ranks that stat every shard bring a file system down.
+        # One rank reads the manifests; thousands that look at every shard bring a file system down.
         found = _look(config) if world.rank == 0 else None
     looked = world.broadcast(found)
     assert looked is not None
     data, directory, passed_over = looked
+    with world.guard("dataset"):
+        data.check_shards(world.rank, world.size)
     with world.guard("checkpoint"):
         reader = None if directory is None else CheckpointReader(directory, verify=False)
         changes = {} if reader is None else check_resumable(reader.manifest, config, data)
     return Start(data=data, reader=reader, changes=changes, passed_over=passed_over)
 
 
-def _look(config: RunConfig) -> tuple[Manifest, Path | None, dict[str, str]]:
+def _look(config: RunConfig) -> tuple[TrainingData, Path | None, dict[str, str]]:
     run_dir = Path(config.run_dir)
     data = open_training_data(config)
     if run_dir.exists() and not (run_dir / "attempts").is_dir() and (not run_dir.is_dir() or any(run_dir.iterdir())):
@@ -88,11 +89,11 @@ def _look(config: RunConfig) -> tuple[Manifest, Path | None, dict[str, str]]:
     return data, (None if reader is None else reader.directory), problems
 
 
-def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Manifest) -> dict[str, list[Any]]:
+def check_resumable(saved: CheckpointManifest, config: RunConfig, data: TrainingData) -> dict[str, list[Any]]:
     """Return what changed in the configuration since the checkpoint: dotted path -> [then, now].
 
     Raises:
-        CheckpointError: the model's shape, the seed, the tokenizer or the training data changed.
+        CheckpointError: the model's shape, the seed, the tokenizer or the training data so far changed.
     """
     changes = _differences(saved.config, dataclasses.asdict(config))
     for key, (then, now) in changes.items():
@@ -103,12 +104,13 @@ def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Manifest
             )
     for what, before, after in (
         ("tokenizer", saved.tokenizer_sha256, data.tokenizer_sha256),
-        ("training data", saved.data_fingerprint, data.fingerprint),
+        ("training data", saved.data_fingerprint, data.mixture.fingerprint(saved.progress.samples)),
     ):
         if before != after:
             raise CheckpointError(
-                f"data.train: the {what} of {config.data.train} is not the one that {config.run_dir} was trained on"
-                f" ({before[:12]} then, {after[:12]} now); name the old dataset or choose another run_dir"
+                f"data.train: the {what} of {', '.join(map(str, data.directories))} is not the one that"
+                f" {config.run_dir} was trained on so far ({before[:12]} then, {after[:12]} now); name the old"
+                " datasets, weights and limits, or choose another run_dir"
             )
     return changes
 

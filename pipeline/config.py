@@ -22,7 +22,7 @@ from pipeline.checkpoint import CheckpointConfig
 from pipeline.depth import DepthConfig
 from pipeline.engine import ZeroConfig
 from pipeline.errors import ConfigError
-from pipeline.loader import DataConfig
+from pipeline.loader import ONLY_DATASET, DataConfig
 from pipeline.model import ModelConfig
 from pipeline.optim import OptimizerConfig
 from pipeline.train import TrainConfig
@@ -106,10 +106,11 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     merged = cast(DictConfig, OmegaConf.merge(OmegaConf.create(raw), changes))
     config = _to_run_config(merged)
     # What is written with a run must mean the same from anywhere.
-    config.run_dir, config.data.train, config.data.validation, config.data.tokenizer = (
-        str(Path(path).absolute())
-        for path in (config.run_dir, config.data.train, config.data.validation, config.data.tokenizer)
+    config.run_dir, config.data.validation, config.data.tokenizer = (
+        str(Path(path).absolute()) for path in (config.run_dir, config.data.validation, config.data.tokenizer)
     )
+    for dataset in config.data.train.values():
+        dataset.path = str(Path(dataset.path).absolute())
     return config
 
 
@@ -161,6 +162,13 @@ def _expand_preset(tree: dict[str, Any]) -> None:
         tree["model"] = {"preset": tree["model"]}
 
 
+def _expand_only_dataset(tree: DictConfig) -> None:
+    """Write `data.train: PATH` in its long form, a mixture of one dataset."""
+    data = tree.get("data")
+    if isinstance(data, DictConfig) and isinstance(data.get("train"), str):
+        data["train"] = {ONLY_DATASET: {"path": data["train"]}}
+
+
 def _scalar(override: str, text: str) -> object:
     try:
         return yaml.safe_load(text)
@@ -173,6 +181,7 @@ def _to_run_config(tree: DictConfig) -> RunConfig:
     if isinstance(model, DictConfig) and "preset" in model:
         preset = str(model.pop("preset"))
         tree["model"] = OmegaConf.merge(_read_yaml(_locate(preset, "models", "model preset")), model)
+    _expand_only_dataset(tree)
     _check_keys(OmegaConf.to_container(tree), RunConfig, "")
     try:
         resolved = OmegaConf.merge(OmegaConf.structured(RunConfig), tree)
@@ -207,12 +216,23 @@ def _check_keys(tree: object, schema: type, prefix: str) -> None:
             raise ConfigError(
                 f"{prefix}{key}: unknown key{_nearest(str(key), hints, prefix)}; valid: {', '.join(hints)}"
             )
-        if dataclasses.is_dataclass(hints[key]):
-            _check_keys(value, cast(type, hints[key]), f"{prefix}{key}.")
+        _check_nested(value, hints[key], f"{prefix}{key}")
     for item in dataclasses.fields(schema):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and item.name not in tree:
             raise ConfigError(f"{prefix}{item.name}: a value is required")
+
+
+def _check_nested(value: object, hint: Any, path: str) -> None:
+    if dataclasses.is_dataclass(hint):
+        _check_keys(value, cast(type, hint), f"{path}.")
+    elif dataclasses.is_dataclass(inner := (typing.get_args(hint) or (None,))[-1]):  # dict[str, X] or list[X]
+        container = typing.get_origin(hint)
+        if not isinstance(value, container):
+            raise ConfigError(f"{path}: {value!r} is not a {'section of names' if container is dict else 'list'}")
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            _check_keys(entry, cast(type, inner), f"{path}.{key}." if container is dict else f"{path}[{key}].")
 
 
 def _nearest(word: str, choices: typing.Iterable[str], prefix: str = "") -> str:

@@ -18,7 +18,7 @@ from pipeline.accelerator import select_device
 from pipeline.checkpoint import CheckpointReader, resolve_checkpoint
 from pipeline.config import RunConfig, config_from_record
 from pipeline.errors import ConfigError
-from pipeline.loader import MicroBatch, to_micro_batch
+from pipeline.loader import MicroBatch, read_micro_batch
 from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
 
 _ROWS_PER_BATCH = 16
@@ -83,19 +83,20 @@ def evaluate_checkpoint(
         )
     rows = manifest.rows if max_rows is None else min(max_rows, manifest.rows)
     losses = dict.fromkeys(depths, 0.0)
-    traces = []
+    traces, tokens = [], 0
     row_reader = RowReader(directory, manifest)
     for start in range(0, rows, _ROWS_PER_BATCH):
         samples = np.arange(start, min(start + _ROWS_PER_BATCH, rows), dtype=np.int64)
-        batch = to_micro_batch(samples, np.stack([row_reader.row(int(row)) for row in samples]))
+        batch = read_micro_batch(row_reader, manifest, samples, samples)
+        tokens += batch.trained_tokens
         trace = _add_losses(model, batch, losses, config.seed, device)
         traces.append((len(samples), trace.to_lists()))
     row_reader.close()
     result = {
         **dataclasses.asdict(reader.manifest.progress),
         "checkpoint": str(reader.directory),
-        "evaluated_tokens": rows * manifest.sequence_length,
-        "loss": {str(depth): total / (rows * manifest.sequence_length) for depth, total in losses.items()},
+        "evaluated_tokens": tokens,
+        "loss": {str(depth): total / max(tokens, 1) for depth, total in losses.items()},
         **{name: _weighted_mean(traces, name) for name in ("state_rms", "relative_residual")},
         "unigram_entropy": manifest.unigram_entropy,
         "mean_recurrence": config.depth.mean_recurrence,

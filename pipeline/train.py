@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data_prep.manifest import Manifest
 from data_prep.world import World
 from kernels.attention import BACKENDS
 from monitoring.runlog import Record, RunLog
@@ -42,7 +41,7 @@ from pipeline.engine import (
     stop_process_group,
 )
 from pipeline.errors import ConfigError, ExitCode
-from pipeline.loader import Loader, MicroBatch
+from pipeline.loader import Loader, MicroBatch, TrainingData
 from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
 from pipeline.optim import build_optimizer, learning_rate
 
@@ -123,7 +122,7 @@ def train(
         device = start_process_group(world)
         try:
             run = Training(config, world, start.data, device)
-            with attempt(config, world, device, start) as log:
+            with closing(run), attempt(config, world, device, start) as log:
                 if start.reader is not None:
                     run.restore(start.reader)
                 code, reason = run.loop(signals, log, on_step)
@@ -145,7 +144,7 @@ class Training:
         self,
         config: RunConfig,
         world: World,
-        data: Manifest,
+        data: TrainingData,
         device: torch.device,
     ) -> None:
         self.progress = Progress()
@@ -153,11 +152,10 @@ class Training:
         self._log: RunLog | None = None
         self._run_dir = Path(config.run_dir)
         self._loader = Loader(
-            Path(config.data.train),
             data,
-            seed=config.seed,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
+            prefetch=config.data.prefetch,
         )
         with device:
             model = RecurrentDepthModel(config.model, config.train.attention, config.train.checkpoint_iterations)
@@ -186,6 +184,10 @@ class Training:
                     tensor.copy_(reader.slice(fragment.parameter, name, fragment.start, numel))
         publish_weights(self._engine)
         self.progress = manifest.progress
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        self._loader.close()
 
     def loop(self, signals: StopSignals, log: RunLog | None, on_step: Callable[[Record], None]) -> tuple[ExitCode, str]:
         """Train to the last step, a stop signal or a non-finite loss; return how it ended and why."""
@@ -216,12 +218,14 @@ class Training:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens, gradient_norm = 0, math.nan
         batches = self._loader.micro_batches(self.progress.samples, self._world.rank, self._world.size)
+        mean_tokens = self._mean_trained_tokens(batches)
         for index, batch in enumerate(batches):
             loss = self._forward(batch, depth, trace if index == 0 else None)
-            self._engine.backward(loss)
+            # Every token of the global batch weighs the same, however padding and masks fall on micro-batches.
+            self._engine.backward(loss * (batch.trained_tokens / mean_tokens))
             gradient_norm = optimizer_step(self._engine, config.optimizer.gradient_clipping)
-            loss_sum += loss.detach().double() * batch.labels.numel()
-            tokens += batch.labels.numel()
+            loss_sum += loss.detach().double() * batch.trained_tokens
+            tokens += batch.trained_tokens
         synchronize(self._device)
         total_loss, total_tokens, stop_requests = self._world.sum(np.array([float(loss_sum), tokens, stop]))
         seconds = time.perf_counter() - started
@@ -254,9 +258,17 @@ class Training:
     def _forward(self, batch: MicroBatch, depth: tuple[int, int], trace: Trace | None) -> torch.Tensor:
         keys = torch.tensor([stream_key(self._config.seed, "state", int(sample)) for sample in batch.samples])
         state = self._engine.module.initial_state(keys.to(self._device), batch.input_ids.shape[1])
-        input_ids, labels = batch.input_ids.to(self._device), batch.labels.to(self._device)
+        input_ids = batch.input_ids.to(self._device)
+        # Nothing to train on: the loss will weigh nothing, but a mean over no label would be nan.
+        labels = batch.labels.to(self._device) if batch.trained_tokens else input_ids
         loss: torch.Tensor = self._engine(input_ids, state, depth, labels, trace)
         return loss
+
+    def _mean_trained_tokens(self, batches: list[MicroBatch]) -> float:
+        """Return the mean number of trained tokens of a micro-batch, over all ranks."""
+        counts = np.array([sum(batch.trained_tokens for batch in batches), len(batches)], dtype=np.float64)
+        tokens, number = counts if self._data.trains_on_all else self._world.sum(counts)
+        return float(max(tokens, 1.0) / number)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -267,7 +279,7 @@ class Training:
             self._shapes,
             progress=self.progress,
             config=dataclasses.asdict(self._config),
-            data_fingerprint=self._data.fingerprint,
+            data_fingerprint=self._data.mixture.fingerprint(self.progress.samples),
             tokenizer_sha256=self._data.tokenizer_sha256,
         )
         if self._log is not None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import rookery.data
+import rookery.samples
 from data_prep.world import World
 from pipeline.errors import ExitCode
 from rookery.display import training_display
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(rookery.data.app, name="data")
+rookery.data.app.command()(rookery.samples.order)
+rookery.data.app.command()(rookery.samples.show)
 
 INTERRUPTED = 130
 

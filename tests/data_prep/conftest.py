@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build import build_dataset
+from data_prep.config import BuildConfig
 from data_prep.tokenizer import save_tokenizer, train_tokenizer
 from data_prep.world import World
 
@@ -34,7 +35,7 @@ def tokenizer_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def pristine(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of several parts. Not for a test that changes it: those take `dataset`."""
     out = tmp_path_factory.mktemp("dataset") / "pristine"
-    build_dataset([corpus], tokenizer_dir, 255, out, World(), unit_bytes=30_000)
+    build_dataset([corpus], tokenizer_dir, 255, out, World(), config=BuildConfig(unit_bytes=30_000))
     return out
 
 

@@ -45,6 +45,9 @@ CHANGES: dict[str, tuple[Callable[[Record], object], str]] = {
     "rows": (lambda record: record.update(rows=record["rows"] + 1), r"field rows = \d+ should be \d+"),
     "tokens": (lambda record: record.update(tokens=5), r"field tokens = 5"),
     "row_tokens": (lambda record: record.update(row_tokens=255), r"field row_tokens = 255 should be 256"),
+    "padding": (lambda record: record.update(padding_tokens=-1), r"field padding_tokens = -1"),
+    "counter": (lambda record: record["counters"].update(empty="3"), r"field counters\.empty = '3'"),
+    "provenance": (lambda record: record.pop("provenance"), r"field provenance is missing"),
     "dtype": (lambda record: record.update(dtype="uint32"), r"field dtype = 'uint32' should be 'uint16'"),
     "not a number": (lambda record: record.update(unigram_entropy=float("nan")), r"field unigram_entropy = nan"),
     "unknown": (lambda record: record.update(colour="red"), r"field colour = 'red' is unknown"),
@@ -75,7 +78,7 @@ def test_a_changed_manifest_is_refused_by_field(
 
 def test_another_schema_version_is_named(dataset: Path) -> None:
     edit(dataset, lambda record: record.update(schema_version=99))
-    with pytest.raises(DataError, match=r"schema_version = 99, but this rookery reads version 1; .*rebuild"):
+    with pytest.raises(DataError, match=r"schema_version = 99, but this rookery reads version 2; .*rebuild"):
         Manifest.load(dataset)
 
 

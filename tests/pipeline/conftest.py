@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from data_prep.build import build_dataset
-from data_prep.corpus import find_documents, read_document
 from data_prep.tokenizer import save_tokenizer, train_tokenizer
 from data_prep.world import World
 
@@ -30,7 +29,8 @@ checkpoint: {every: 4, keep_last: 2}
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with tokenizer/ (512 tokens), data/train, data/validation (rows of 33) and test.yaml."""
     root = tmp_path_factory.mktemp("corpus")
-    save_tokenizer(train_tokenizer(map(read_document, find_documents([STDLIB / "json"])), 512), root / "tokenizer")
+    texts = (path.read_text(encoding="utf-8") for path in sorted((STDLIB / "json").glob("*.py")))
+    save_tokenizer(train_tokenizer(texts, 512), root / "tokenizer")
     build_dataset([STDLIB / "json"], root / "tokenizer", 32, root / "data" / "train", World())
     build_dataset([STDLIB / "wsgiref"], root / "tokenizer", 32, root / "data" / "validation", World())
     (root / "test.yaml").write_text(CONFIG)
