@@ -152,33 +152,46 @@ def build_share(
     built = job.existing()
     if built is not None:
         return built
-    workspace = job.workspace
     try:
-        workspace.prepare(job.settings)
-        if job.deduplicates and not workspace.has_flags(job.plan.key):
-            raise DataError(
-                "--task: deduplicate needs ranks that talk to each other; start the build with mpiexec or srun until it"
-                " has looked for duplicates, or altogether"
-            )
-        job.start(World())
-        order = _largest_first(job.plan.units)
-        order = sorted(order, key=lambda unit: unit.index % tasks != number - 1)
-        done = before = job.done_bytes(job.finished())
-        for unit in order:
-            with workspace.claim(unit.index) as claimed:
-                mine = unit.index % tasks == number - 1
-                if not claimed or not (mine or workspace.has_locks) or job.result(unit) is not None:
-                    continue
-
-                def on_batch(size: int, done: int = done) -> None:
-                    if progress is not None:
-                        progress(BuildReport(done + size, job.plan.bytes, before))
-
-                job.build(unit, on_batch)
-                done += unit.bytes
-        return job.publish_if_complete()
+        return _do_share(job, number, tasks, progress)
+    except DataError:
+        # Another task may have published meanwhile, and removed the workspace under this one.
+        built = job.existing()
+        if built is None:
+            raise
+        return built
     finally:
-        workspace.close()
+        job.workspace.close()
+
+
+def _do_share(job: Job, number: int, tasks: int, progress: Progress | None) -> Manifest | None:
+    """Build what task `number` of `tasks` finds to do, then publish if that was the last of all."""
+    workspace = job.workspace
+    workspace.prepare(job.settings)
+    if job.deduplicates and not workspace.has_flags(job.plan.key):
+        raise DataError(
+            "--task: deduplicate needs ranks that talk to each other; start the build with mpiexec or srun until it"
+            " has looked for duplicates, or altogether"
+        )
+    job.start(World())
+    order = _largest_first(job.plan.units)
+    order = sorted(order, key=lambda unit: unit.index % tasks != number - 1)
+    done = before = job.done_bytes(job.finished())
+    for unit in order:
+        if workspace.out.exists():
+            break
+        with workspace.claim(unit.index) as claimed:
+            mine = unit.index % tasks == number - 1
+            if not claimed or not (mine or workspace.has_locks) or job.result(unit) is not None:
+                continue
+
+            def on_batch(size: int, done: int = done) -> None:
+                if progress is not None:
+                    progress(BuildReport(done + size, job.plan.bytes, before))
+
+            job.build(unit, on_batch)
+            done += unit.bytes
+    return job.publish_if_complete()
 
 
 def _take_up(job: Job, world: World) -> tuple[dict[int, UnitResult], npt.NDArray[np.float64]]:

@@ -91,6 +91,20 @@ class Build:
     out: Path
     config: BuildConfig
 
+    def as_yaml(self) -> str:
+        """Return the file of `--config` that says the same, from any working directory."""
+        import yaml
+
+        record: dict[str, Any] = {
+            "input": [str(path.absolute()) for path in self.inputs],
+            "tokenizer": str(self.tokenizer.absolute()),
+            "sequence_length": self.sequence_length,
+            "out": str(self.out.absolute()),
+            **asdict(self.config),
+        }
+        record["filters"]["user"] = list(self.config.filters.user)
+        return yaml.safe_dump(record, sort_keys=False)
+
 
 def read_build_file(path: Path | None) -> dict[str, Any]:
     """Return the content of a YAML file that describes a build, nothing for None.

@@ -16,6 +16,7 @@ from pipeline.errors import ExitCode
 
 if TYPE_CHECKING:
     from data_prep.build import BuildReport
+    from data_prep.config import Build
     from data_prep.manifest import Manifest
     from data_prep.readers import ReaderOptions
     from data_prep.sampling import Source
@@ -146,6 +147,13 @@ def build(  # noqa: PLR0913 - a parameter a flag
     task: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do the share of task I of an array of N, without MPI.")
     ] = None,
+    array: Annotated[int | None, typer.Option(metavar="N", help="Submit N such tasks through Submitit.")] = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="slurm|local", help="Where the array runs; local waits for it.")
+    ] = "slurm",
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, time in minutes; may be repeated.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokenize documents into a dataset of equal rows; under mpiexec or srun, on all ranks.
@@ -154,6 +162,8 @@ def build(  # noqa: PLR0913 - a parameter a flag
     """
     from data_prep.build import build_dataset, build_share
     from data_prep.config import parse_build, read_build_file
+    from data_prep.errors import DataError
+    from data_prep.manifest import Manifest
     from data_prep.world import World
 
     started = time.perf_counter()
@@ -172,6 +182,13 @@ def build(  # noqa: PLR0913 - a parameter a flag
     with world.guard("check arguments"):
         what = parse_build(read_build_file(config), {key: value for key, value in given.items() if value is not None})
         share = None if task is None else _task(task)
+        if array is not None and (world.size > 1 or share is not None):
+            raise DataError(f"--array {array}: submits tasks; leave out --task, mpiexec and srun")
+    if array is not None:
+        _submit(what, array, cluster, dict(map(_key_and_text, sbatch or [])))
+        if cluster == "local":
+            _print_built(Manifest.load(what.out), what.out, time.perf_counter() - started, array, as_json=as_json)
+        return
     with _progress("tokenizing", shown=world.rank == 0) as advance:
 
         def report(state: BuildReport) -> None:
@@ -246,7 +263,7 @@ def _print_built(manifest: Manifest, out: Path, seconds: float, ranks: int, *, a
     if as_json:
         print(json.dumps({**manifest.as_record(), "seconds": seconds, "ranks": ranks, "megabytes_per_second": rate}))
         return
-    print(f"{out}: {_summary(manifest)}; {seconds:.1f} s on {ranks} rank(s), {rate:.1f} MB/s of text")
+    print(f"{out}: {_summary(manifest)}; {seconds:.1f} s on {ranks} rank(s) or task(s), {rate:.1f} MB/s of text")
     skipped = manifest.counters.get("skipped", 0)
     if skipped:
         print(f"{out / 'skipped.txt'}: why {skipped} bad documents were left out", file=sys.stderr)
@@ -261,6 +278,36 @@ def _summary(manifest: Manifest) -> str:
 
 def _skips(skipped: int) -> str:
     return f", {skipped} bad documents skipped" if skipped else ""
+
+
+def _submit(what: Build, tasks: int, cluster: str, sbatch: dict[str, str]) -> None:
+    """Submit a build as an array of tasks, and wait for tasks that run on this machine."""
+    from data_prep.errors import DataError
+    from data_prep.files import refuse_existing, write_atomic
+    from slurm.array import submit_array, wait_for
+
+    if tasks < 1:
+        raise DataError(f"--array {tasks}: needs at least one task")
+    refuse_existing(what.out)
+    folder = what.out.with_name(f"{what.out.name}.jobs").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "build.yaml"
+    write_atomic(file, what.as_yaml().encode())
+    command = [sys.executable, "-m", "rookery", "data", "build", "--config", str(file), "--task"]
+    commands = [[*command, f"{number}/{tasks}"] for number in range(1, tasks + 1)]
+    jobs = submit_array(commands, folder, f"build-{what.out.name}", cluster, sbatch)
+    print(f"{what.out}: {tasks} tasks submitted, job {jobs[0].job_id.split('_')[0]}; logs in {folder}", file=sys.stderr)
+    if cluster == "local":
+        wait_for(jobs)
+
+
+def _key_and_text(setting: str) -> tuple[str, str]:
+    from data_prep.errors import DataError
+
+    key, equals, value = setting.partition("=")
+    if not equals or not key:
+        raise DataError(f"--sbatch {setting}: write it as KEY=VALUE")
+    return key, value
 
 
 def _key_and_value(setting: str) -> tuple[str, Any]:

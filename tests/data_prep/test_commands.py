@@ -1,11 +1,15 @@
 """`rookery data` as a user types it."""
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from data_prep.config import BuildConfig
 from data_prep.manifest import Manifest
 from rookery.cli import app
 
@@ -160,3 +164,18 @@ def test_show_refuses_a_row_or_a_tokenizer_that_does_not_belong(
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes() + b"\n")
     result = rookery_data("show", dataset, 0, "--tokenizer", tmp_path)
     assert "was built with another tokenizer" in str(result.exception)
+
+
+def test_every_key_of_a_build_is_documented_with_its_default() -> None:
+    rows = (Path(__file__).parents[2] / "docs" / "data.md").read_text().splitlines()
+    for key, value in _leaves(dataclasses.asdict(BuildConfig())):
+        default = value if isinstance(value, str) else json.dumps(value)
+        assert any(row.startswith(f"| `{key}` | {default} |") for row in rows), key
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,24 @@ def test_a_killed_task_loses_only_its_unit(
     manifest = build_share([corpus], tokenizer_dir, 255, out, (2, 2), config=SMALL_UNITS)
     assert manifest == Manifest.load(uninterrupted)
     assert tree(out) == tree(uninterrupted)
+
+
+@pytest.mark.parametrize("step", ["prepare", "claim", "finish_unit"])
+def test_a_task_that_others_overtake_finds_the_dataset(
+    corpus: Path, tokenizer_dir: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    out = tmp_path / "out"
+    real = getattr(Workspace, step)
+
+    def overtaken(workspace: Workspace, *arguments: object) -> object:
+        if not out.exists():  # as if the last of the other tasks had just ended
+            shutil.copytree(uninterrupted, out)
+            shutil.rmtree(workspace.root, ignore_errors=True)
+        return real(workspace, *arguments)
+
+    monkeypatch.setattr(Workspace, step, overtaken)
+    assert build_share([corpus], tokenizer_dir, 255, out, (1, 2), config=SMALL_UNITS) == Manifest.load(uninterrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("task", [(0, 2), (3, 2)])
