@@ -113,19 +113,23 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> tokenizers.Tok
     return model
 
 
-def adopt_tokenizer(source: Path, control: ControlTokens) -> tokenizers.Tokenizer:
-    """Return the tokenizer of the file `source` (a Hugging Face tokenizer.json) with the control tokens `control`.
+def adopt_tokenizer(source: Path, control: ControlTokens, out: Path) -> Tokenizer:
+    """Save the Hugging Face tokenizer of the directory `source` as `out`, with the control tokens `control`.
 
-    Those of them that it lacks become special tokens with the next free ids; all other ids stay. To be given to
-    `save_tokenizer`.
+    Those of them that it lacks become special tokens with the next free ids; all other ids stay, and so does its chat
+    template, if it has one.
 
     Raises:
-        DataError: no such file, or not a tokenizer.
+        DataError: not a tokenizer, or one that stays unfit for the pipeline; `out` exists.
     """
-    model = _parse(_read(source), str(source))
+    path = source / TOKENIZER_FILE
+    model = _parse(_read(path), str(path))
     # A name that is there already keeps its id and only becomes special.
     model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in astuple(control)])
-    return model
+    tokenizer = Tokenizer(model.to_str(pretty=True).encode(), str(path), control)
+    template = load_config(source).get("chat_template")
+    save_tokenizer(model, out, control, template if isinstance(template, str) else CHAT_TEMPLATE)
+    return tokenizer
 
 
 def save_tokenizer(
@@ -179,14 +183,14 @@ class Tokenizer:
         missing = [name for name in names if name not in self.special_tokens]
         if missing:
             raise DataError(
-                f"{named}: no special token named {', '.join(missing)}; set bos_token, eos_token and pad_token in"
-                f" {CONFIG_FILE} beside it to three special tokens that it has, add them, or make a tokenizer with"
-                " `rookery data train-tokenizer`"
+                f"{named}: no special token named {', '.join(missing)}; add them with `rookery data adopt-tokenizer`,"
+                f" or set bos_token, eos_token and pad_token in {CONFIG_FILE} beside it to three special tokens that it has"
             )
         if len(set(names)) < len(names):
             raise DataError(
-                f"{named}: begin, end and pad are {', '.join(names)}, but they must be three different tokens; set"
-                f" bos_token, eos_token and pad_token in {CONFIG_FILE} beside it"
+                f"{named}: begin, end and pad are {', '.join(names)}, but they must be three different tokens; name"
+                " others with `rookery data adopt-tokenizer`, or as bos_token, eos_token and pad_token in"
+                f" {CONFIG_FILE} beside it"
             )
         self.begin_id, self.end_id, self.pad_id = (self.special_tokens[name] for name in names)
         self._refuse_special_tokens_in_text(named)
@@ -204,7 +208,7 @@ class Tokenizer:
                 could come out of plain text.
         """
         path = directory / TOKENIZER_FILE
-        return cls(_read(path), str(path), control or _configured_tokens(directory / CONFIG_FILE))
+        return cls(_read(path), str(path), control or configured_tokens(directory))
 
     def _refuse_special_tokens_in_text(self, named: str) -> None:
         special_ids = list(self.special_tokens.values())
@@ -286,8 +290,9 @@ def load_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _configured_tokens(path: Path) -> ControlTokens:
-    config = load_config(path.parent)
+def configured_tokens(directory: Path) -> ControlTokens:
+    """Return the control tokens that `directory`/tokenizer_config.json names, the reference's where it names none."""
+    config = load_config(directory)
     names = {}
     for role, key in (("begin", "bos_token"), ("end", "eos_token"), ("pad", "pad_token")):
         value = config.get(key)

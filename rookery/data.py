@@ -95,6 +95,26 @@ def train_tokenizer(  # noqa: PLR0913 - a parameter a flag
             print(f"{out}: {vocab_size} tokens from {files} files in {seconds:.1f} s{_skips(len(skipped))}")
 
 
+@app.command("adopt-tokenizer")
+def adopt_tokenizer(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a Hugging Face tokenizer.json.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    begin: Annotated[str | None, typer.Option(help="Token that begins a document.  [default: its bos_token]")] = None,
+    end: Annotated[str | None, typer.Option(help="Token that ends a document.  [default: its eos_token]")] = None,
+    pad: Annotated[str | None, typer.Option(help="Token that fills rows.  [default: its pad_token]")] = None,
+) -> None:
+    """Take a tokenizer from elsewhere and add the control tokens that it lacks; all of its ids stay."""
+    from dataclasses import replace
+
+    from data_prep.tokenizer import adopt_tokenizer as adopt
+    from data_prep.tokenizer import configured_tokens
+
+    names = {role: name for role, name in (("begin", begin), ("end", end), ("pad", pad)) if name is not None}
+    tokenizer = adopt(source, replace(configured_tokens(source), **names), out)
+    control = ", ".join(f"{name} = {token_id}" for name, token_id in tokenizer.special_ids.items())
+    print(f"{out}: {tokenizer.vocab_size} tokens; {control}")
+
+
 @app.command()
 def count(
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="Directory of a tokenizer.json.")],

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from data_prep.config import BuildConfig
 from data_prep.manifest import Manifest
+from data_prep.tokenizer import Tokenizer
 from rookery.cli import app
 
 
@@ -179,3 +180,14 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def test_a_tokenizer_of_others_is_adopted_with_the_control_tokens_named(tokenizer_dir: Path, tmp_path: Path) -> None:
+    result = rookery_data("adopt-tokenizer", tokenizer_dir, "--begin", "<document>", "--out", tmp_path / "bpe")
+    assert result.exit_code == 0, result.output
+    adopted, source = Tokenizer.load(tmp_path / "bpe"), Tokenizer.load(tokenizer_dir)
+    assert (adopted.begin_id, adopted.end_id) == (source.vocab_size, source.end_id)
+    assert f"<document> = {source.vocab_size}" in result.stdout
+    refused = rookery_data("adopt-tokenizer", tokenizer_dir, "--pad", "<|end_text|>", "--out", tmp_path / "other")
+    assert "must be three different tokens" in str(refused.exception)
+    assert not (tmp_path / "other").exists()

@@ -162,7 +162,7 @@ def with_another_end_in_the_vocabulary(definition: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_pad, r"no special token named <\|pad\|>; set bos_token"),
+        (without_pad, r"no special token named <\|pad\|>; add them with"),
         (with_an_end_that_text_can_write, r"no special token named <\|end_text\|>"),
         (with_a_second_end, r"added_tokens has content <\|end_text\|> more than once"),
         (with_two_of_one_id, r"added_tokens has id 565 more than once"),
@@ -211,7 +211,7 @@ def foreign(directory: Path, **config: Any) -> Path:
 def test_names_of_control_tokens_come_from_the_configuration_or_the_caller(tmp_path: Path) -> None:
     control = ControlTokens("<s>", "</s>", "<unk>")
     source = foreign(tmp_path / "foreign")
-    save_tokenizer(adopt_tokenizer(source / "tokenizer.json", control), tmp_path / "bpe", control)
+    adopt_tokenizer(source, control, tmp_path / "bpe")
     tokenizer = Tokenizer.load(tmp_path / "bpe")
     assert tokenizer.control == control
     config = json.loads((tmp_path / "bpe" / "tokenizer_config.json").read_text())
@@ -228,7 +228,7 @@ def test_a_foreign_tokenizer_gets_what_it_lacks_and_keeps_its_ids(tmp_path: Path
     with pytest.raises(DataError, match=r"no special token named <\|begin\|>, <\|pad\|>"):
         Tokenizer.load(source, control)
     before = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-    save_tokenizer(adopt_tokenizer(source / "tokenizer.json", control), tmp_path / "bpe", control)
+    adopt_tokenizer(source, control, tmp_path / "bpe")
     tokenizer = Tokenizer.load(tmp_path / "bpe")
     size = before.get_vocab_size()
     assert (tokenizer.end_id, tokenizer.begin_id, tokenizer.pad_id) == (0, size, size + 1)
