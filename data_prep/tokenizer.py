@@ -184,7 +184,7 @@ class Tokenizer:
         if missing:
             raise DataError(
                 f"{named}: no special token named {', '.join(missing)}; add them with `rookery data adopt-tokenizer`,"
-                f" or set bos_token, eos_token and pad_token in {CONFIG_FILE} beside it to three special tokens that it has"
+                f" or set bos_token, eos_token and pad_token in {CONFIG_FILE} beside it to special tokens that it has"
             )
         if len(set(names)) < len(names):
             raise DataError(
