@@ -2,12 +2,13 @@
 
 - rookery: `build_dataset` in a process of its own, with the encoder that it chooses, and with `tokenizers`; on one rank
   and on two (mpiexec).
-- encoding alone: the same encoder over the same texts, nothing written.
+- encoding alone: the same reader and encoder over the same files (`rookery data count`), nothing packed or written.
 - reference: Hugging Face `tokenizers` called per batch of 1,024 documents, Parquet of int32 lists (steps I, III).
 - datatrove: JsonlReader and DocumentTokenizer, one task; left out and said so if it is not installed.
 The text is real: the Python and text files of this machine's interpreter (--megabytes of them), as JSON lines.
     pip install --target PEERS datatrove[processing] pyarrow
     python -m benchmarks.data_build --peers PEERS
+With `--slow 0` only what is fast is measured, on a larger corpus: what writing adds, and what a second rank brings.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ import numpy as np
 from benchmarks.harness import arguments, in_turn, machine, median, publish, ratio
 from data_prep.build import build_dataset
 from data_prep.config import BuildConfig
+from data_prep.count import count_tokens
 from data_prep.engine import choose_engine
+from data_prep.readers import ReaderOptions, plan_items
+from data_prep.sampling import Source
 from data_prep.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 from data_prep.world import World
 
@@ -39,7 +43,7 @@ BATCH = 1024
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", megabytes=40, rounds=3, vocabulary=32_768)
+    options = arguments(__doc__ or "", megabytes=40, rounds=3, vocabulary=32_768, slow=1)
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,14 +54,15 @@ def main() -> None:
             f"rookery, {engine.name}": lambda: own_process(build, folder, "auto"),
             f"rookery, {engine.name}, 2 ranks": lambda: two_ranks(folder),
             f"{engine.name} alone": lambda: own_process(encode, folder, "auto"),
-            "rookery, tokenizers": lambda: own_process(build, folder, "tokenizers"),
-            "tokenizers per batch, Parquet (reference)": lambda: own_process(reference, folder, ""),
         }
         missing = [] if installed("datatrove") else ["datatrove"]
-        if not missing:
-            cases["datatrove"] = lambda: own_process(datatrove, folder, "")
-        tokens = {encode_count(folder, "auto"), encode_count(folder, "tokenizers")}
-        assert len(tokens) == 1, f"the encoders disagree: {tokens}"
+        if options.slow:
+            cases["rookery, tokenizers"] = lambda: own_process(build, folder, "tokenizers")
+            cases["tokenizers per batch, Parquet (reference)"] = lambda: own_process(reference, folder, "")
+            if not missing:
+                cases["datatrove"] = lambda: own_process(datatrove, folder, "")
+            tokens = {count(folder, "auto"), count(folder, "tokenizers")}
+            assert len(tokens) == 1, f"the encoders disagree: {tokens}"
         seconds = in_turn(cases, options.rounds)
     report(options, seconds, size, missing)
 
@@ -149,12 +154,14 @@ def two_ranks(folder: Path) -> float:
 
 
 def encode(folder: Path, engine: str) -> None:
-    encode_count(folder, engine)
+    count(folder, engine)
 
 
-def encode_count(folder: Path, engine: str) -> int:
-    encoder = choose_engine(folder / "tokenizer", list(texts(folder, 200)), prefer=engine)
-    return sum(len(ids) for batch in batches(folder) for ids in encoder.encode_batch(batch))
+def count(folder: Path, engine: str) -> int:
+    options = ReaderOptions()
+    source = Source("corpus", plan_items([folder / "corpus"], options))
+    (counted,) = count_tokens([source], folder / "tokenizer", options, World(), engine=engine)
+    return counted.tokens
 
 
 def reference(folder: Path, engine: str) -> None:

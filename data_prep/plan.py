@@ -17,6 +17,8 @@ from data_prep.world import World
 
 _SMALLEST_UNIT, _LARGEST_UNIT = MEBIBYTE // 2, 256 * MEBIBYTE  # of text; the largest bounds the memory of a rank
 _UNITS_IF_POSSIBLE = 1024  # enough to share out evenly, few enough to keep shards large
+# A unit costs about 30 ms (metadata of an array, six fsyncs), as long as encoding 2 MB takes.
+_CHEAP_UNIT, _FEWEST_UNITS = 16 * MEBIBYTE, 64
 _ITEMS_PER_UNIT = 4  # a file is cut finer than units, so that units come out even
 _TEXT_BYTES_PER_TOKEN = 4  # typical; only the size of units depends on it
 _ROWS_PER_UNIT = 64  # at least, so that dropped tails stay under 1 % of the tokens
@@ -130,7 +132,8 @@ def _merged(of_ranks: Sequence[Sequence[T]]) -> list[T]:
 def _unit_bytes(total: int, sequence_length: int) -> int:
     """Return a power of two, so that a small change of the corpus leaves most units as they were."""
     smallest = max(_SMALLEST_UNIT, _ROWS_PER_UNIT * (sequence_length + 1) * _TEXT_BYTES_PER_TOKEN)
-    wanted = max(smallest, min(total // _UNITS_IF_POSSIBLE, _LARGEST_UNIT))
+    cheap = min(total // _FEWEST_UNITS, _CHEAP_UNIT)
+    wanted = max(smallest, cheap, min(total // _UNITS_IF_POSSIBLE, _LARGEST_UNIT))
     return 1 << (wanted - 1).bit_length()
 
 
