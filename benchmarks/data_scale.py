@@ -55,7 +55,7 @@ def lay_out(directory: Path, shards: int, rows: int) -> None:
         (part / "zarr.json").write_text("{}")
         with (part / "c.0.0").open("wb") as file:
             file.truncate(size)
-        parts.append(Part(part.name, rows, size, f"{number:064x}"))
+        parts.append(Part(part.name, rows, size, f"{number:064x}", 0))
     dataclasses.replace(template, parts=tuple(parts)).write(directory)
 
 

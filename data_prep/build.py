@@ -8,7 +8,6 @@ any number of ranks. Nothing of this enters the result: cuts depend on the input
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +86,7 @@ def build_dataset(
         results, histogram = _take_up(job, world)
         finished = {index for of_rank in world.allgather(list(results)) for index in of_rank}
         job.find_duplicates(world)
-        with world.guard("choose an encoder"):
-            note = job.start(world)
-            if note is not None and world.rank == 0:
-                warnings.warn(f"tokenizing is slower than it could be: {note}", stacklevel=2)
+        job.start(world)
         with world.guard("tokenize"):
             _work(job, world, finished, results, histogram, progress)
         gathered = world.gather(results)
@@ -170,8 +166,7 @@ def _do_share(job: Job, number: int, tasks: int, progress: Progress | None) -> M
     workspace.prepare(job.settings)
     if job.deduplicates and not workspace.has_flags(job.plan.key):
         raise DataError(
-            "--task: deduplicate needs ranks that talk to each other; start the build with mpiexec or srun until it"
-            " has looked for duplicates, or altogether"
+            "filters.deduplicate: needs ranks that talk to each other; build with mpiexec or srun instead of as tasks"
         )
     job.start(World())
     order = _largest_first(job.plan.units)

@@ -22,11 +22,10 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data_prep.errors import DataError
-from data_prep.tokenizer import CONFIG_FILE, Tokenizer, load_config
+from data_prep.tokenizer import CONFIG_FILE, TEMPLATE_FILE, Tokenizer, load_chat_template
 
 TrainOn = Literal["assistant", "all"]
 TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "all")
-TEMPLATE_FILE = "chat_template.jinja"
 
 Ids = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.bool_]
@@ -82,18 +81,14 @@ class ChatFormat:
         Raises:
             DataError: there is no template, or it cannot be used.
         """
-        file = directory / TEMPLATE_FILE
-        if file.is_file():
-            return cls(tokenizer, file.read_text(encoding="utf-8"), str(file), train_on)
-        template = load_config(directory).get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str):
+        template = load_chat_template(directory)
+        if template is None:
             raise DataError(
                 f"{directory / CONFIG_FILE}: no chat_template, which chat data needs; add one, or make a tokenizer"
                 " with `rookery data train-tokenizer`"
             )
-        return cls(tokenizer, template, str(directory / CONFIG_FILE), train_on)
+        file = directory / TEMPLATE_FILE
+        return cls(tokenizer, template, str(file if file.is_file() else directory / CONFIG_FILE), train_on)
 
     def encode(self, turns: Sequence[Mapping[str, Any]]) -> tuple[Ids, Mask]:
         """Return the ids of a chat, begin and end included, and whether each is a target of the loss.

@@ -202,8 +202,10 @@ def _dotted(where: str, name: object) -> str:
 
 
 def _checked(kind: Any, value: Any, where: str) -> Any:
-    if is_dataclass(kind) and isinstance(value, Mapping):
+    if is_dataclass(kind):
         assert isinstance(kind, type)
+        if not isinstance(value, Mapping):
+            raise DataError(f"{where} = {value!r}: should be a section of keys and values")
         return from_mapping(kind, value, where)
     if get_origin(kind) in (list, tuple):
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.chat import ChatFormat
-from data_prep.engine import Engine, choose_engine
+from data_prep.engine import Engine, agree_on_engine
 from data_prep.errors import DataError
 from data_prep.readers import Document, ReaderOptions, WorkItem, read_item
 from data_prep.sampling import Source, plain_text
@@ -63,9 +63,11 @@ def count_tokens(
         DataError: a bad document, tokenizer or engine; the same message on every rank.
     """
     totals = np.zeros((len(sources), 4))
+    with world.guard("sample the corpus"):
+        sample = _sample(sources, options)
+    encoder = agree_on_engine(tokenizer_dir, sample, engine, world)
     with world.guard("count tokens"):
         tokenizer = Tokenizer.load(tokenizer_dir)
-        encoder = choose_engine(tokenizer_dir, _sample(sources, options), engine, threads=world.size == 1)
         counter = _Counter(encoder, tokenizer, tokenizer_dir, options)
         share = _share(sources, world)
         bytes_total, bytes_done = sum(item.bytes for _, item in share), 0

@@ -38,6 +38,8 @@ class LeftOut:
         self.counters["skipped"] += 1
         if len(self.messages) < _MESSAGES_KEPT:
             self.messages.append(str(problem))
+        elif len(self.messages) == _MESSAGES_KEPT:
+            self.messages.append("... and others in this unit of work, counted in the manifest")
 
 
 def documents(unit: Unit, config: BuildConfig, flags: Flags | None, left_out: LeftOut) -> Iterator[Document]:

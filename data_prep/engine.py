@@ -12,6 +12,7 @@ document become the token.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain, islice, pairwise
@@ -24,6 +25,7 @@ import psutil
 
 from data_prep.errors import DataError
 from data_prep.tokenizer import Tokenizer, refuse_surrogates, use_threads
+from data_prep.world import World
 
 Ids = npt.NDArray[np.uint32]
 Encode = Callable[[list[str]], list[Ids]]
@@ -118,6 +120,36 @@ def choose_engine(tokenizer_dir: Path, sample: Sequence[str], prefer: str = "aut
             return engine
         notes.append(problem)
     return Engine(REFERENCE, reference.encode_batch, reference, "; ".join(notes) or None)
+
+
+def agree_on_engine(tokenizer_dir: Path, sample: Sequence[str], prefer: str, world: World) -> Engine:
+    """Return the fastest encoder that is right about the samples of all ranks, the same on each; a collective.
+
+    Rank 0 warns if it is not the fastest one there is, and says why.
+
+    Args:
+        tokenizer_dir: see `choose_engine`.
+        sample: texts of the corpus, others on every rank.
+        prefer: see `choose_engine`.
+        world: the ranks.
+
+    Raises:
+        DataError: see `choose_engine`; on every rank.
+    """
+    order = [*_FAST, REFERENCE]
+    notes: list[str] = []
+    while True:
+        with world.guard("choose an encoder"):
+            engine = choose_engine(tokenizer_dir, sample, prefer, threads=world.size == 1)  # ranks share the cores
+        verdicts = world.allgather((order.index(engine.name), engine.note))
+        notes += [note for _, note in verdicts if note is not None]
+        slowest = max(place for place, _ in verdicts)
+        if slowest == min(place for place, _ in verdicts):
+            break
+        prefer = order[slowest]
+    if notes and world.rank == 0:
+        warnings.warn(f"tokenizing is slower than it could be: {notes[0]}", stacklevel=3)
+    return engine
 
 
 def _proven(

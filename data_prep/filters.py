@@ -30,7 +30,8 @@ class FilterConfig:
     Attributes:
         normalize_nfc: compose characters (Unicode NFC).
         user: functions "module:function" of a text that return the text to use instead, or None to leave it out;
-            modules are looked for in the working directory too. Not for chat.
+            modules are looked for in the working directory too. Of a chat they get the content of each turn, and None
+            for one leaves out the chat.
         min_chars, max_chars: shorter and longer documents are left out; of a chat, all turns together count.
         deduplicate: "documents" leaves out a document whose text came before; "lines" and "sentences" take out spans
             of three that came before. See `data_prep.dedup`.
@@ -89,13 +90,22 @@ class Filters:
     def apply_to_turns(self, turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         """Return the turns of a chat to go on with, or None if it is left out."""
         result = [dict(turn) for turn in turns]
-        texts = [turn["content"] for turn in result if isinstance(turn.get("content"), str)]
+        spoken = [turn for turn in result if isinstance(turn.get("content"), str)]
         if self._config.normalize_nfc:
-            for turn in result:
-                if isinstance(turn.get("content"), str):
-                    turn["content"] = unicodedata.normalize("NFC", turn["content"])
-            self.counters["nfc_changed"] += any(not unicodedata.is_normalized("NFC", text) for text in texts)
-        return result if self._has_good_length(sum(map(len, texts))) else None
+            texts = [turn["content"] for turn in spoken]
+            for turn in spoken:
+                turn["content"] = unicodedata.normalize("NFC", turn["content"])
+            self.counters["nfc_changed"] += texts != [turn["content"] for turn in spoken]
+        for name, function in self._user:
+            texts = [turn["content"] for turn in spoken]
+            changed = [_call(name, function, text) for text in texts]
+            if None in changed:
+                self.counters[f"user {name}"] += 1
+                return None
+            self.counters[f"user {name}_changed"] += changed != texts
+            for turn, text in zip(spoken, changed, strict=True):
+                turn["content"] = text
+        return result if self._has_good_length(sum(len(turn["content"]) for turn in spoken)) else None
 
     def keep(self, documents: Sequence[Ids]) -> list[bool]:
         """Say which documents, given by their ids without control tokens, pass the filters of tokens."""

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.chat import TEMPLATE_FILE
 from data_prep.config import BuildConfig
 from data_prep.documents import find_duplicates
-from data_prep.engine import Engine, choose_engine
+from data_prep.engine import Engine, agree_on_engine
 from data_prep.errors import DataError
 from data_prep.manifest import MANIFEST_FILE, Manifest, smallest_dtype
 from data_prep.plan import Plan, Unit, make_plan
 from data_prep.readers import ReaderOptions, read_item
-from data_prep.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from data_prep.sampling import plain_text
+from data_prep.tokenizer import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
 from data_prep.units import Recipe, UnitBuilder, UnitResult, pack_counts, unpack_counts
 from data_prep.workspace import Workspace
 from data_prep.world import World
@@ -78,12 +78,11 @@ class Job:
         job.plan = make_plan(inputs, config.readers, sequence_length, config.unit_bytes, world)
         return job
 
-    def start(self, world: World) -> str | None:
-        """Choose the encoder on a sample of this rank's own; return why it is not the fastest, if so."""
+    def start(self, world: World) -> None:
+        """Choose the encoder. A collective."""
         engine = choose_engine_for(self._tokenizer_dir, self.plan.units, self._config, world)
         recipe = Recipe(self._config, self._sequence_length, self._tokenizer_dir, self.tokenizer, engine)
         self._builder = UnitBuilder(recipe, self.workspace)
-        return engine.note
 
     def existing(self) -> Manifest | None:
         """Return the manifest of `out` if it is just what this build would make; None if there is nothing.
@@ -164,21 +163,21 @@ class Job:
         return result, histogram
 
     def kept(self) -> int:
-        """Return how many units are finished; remove the workspace if there are none."""
+        """Return how many units are finished; if there are none, remove the workspace, provided this build made it."""
         count = len(self.workspace.finished_units())
         if not count:
-            self.workspace.remove()
+            self.workspace.discard()
         return count
 
     def publish_if_complete(self) -> Manifest | None:
         """Publish if every unit is finished, see `build_share`."""
         results, histogram = {}, np.zeros(self.tokenizer.vocab_size)
         for unit in self.plan.units:
-            result = self.result(unit) if self.workspace.data.exists() else None
-            if result is None:
+            found = self._finished_record(unit) if self.workspace.data.exists() else None
+            if found is None:
                 return self.existing()
-            results[unit.index] = result
-            histogram += self.counts(unit)
+            results[unit.index] = UnitResult.from_record(found[0])
+            histogram += unpack_counts(found[1])
         return self.publish(results, histogram)
 
     def publish(self, results: dict[int, UnitResult], histogram: npt.NDArray[np.float64]) -> Manifest:
@@ -246,10 +245,13 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
 
 
 def choose_engine_for(tokenizer_dir: Path, units: Sequence[Unit], config: BuildConfig, world: World) -> Engine:
-    """Return the fastest encoder that is right about a sample of `units`, a part of its own on every rank."""
-    mine = units[world.rank :: world.size] or units[:1]
-    # Ranks share the cores already.
-    return choose_engine(tokenizer_dir, _sample(mine, config.readers), config.engine, threads=world.size == 1)
+    """Return the fastest encoder that is right about a sample of `units`, a part of its own on every rank.
+
+    A collective; every rank gets the same. See `agree_on_engine`.
+    """
+    with world.guard("sample the corpus"):
+        sample = _sample(units[world.rank :: world.size] or units[:1], config.readers)
+    return agree_on_engine(tokenizer_dir, sample, config.engine, world)
 
 
 def sha256_of(content: bytes) -> str:
@@ -264,8 +266,8 @@ def _sample(units: Sequence[Unit], options: ReaderOptions) -> list[str]:
     for unit in units[::step][:_SAMPLED_UNITS]:
         size = 0
         for document in read_item(unit.items[0], options, lambda problem: None):
-            texts.append((document.text or "")[:_SAMPLED_CHARACTERS])
-            size += len(texts[-1])
+            texts.append(plain_text(document)[:_SAMPLED_CHARACTERS])
+            size += len(texts[-1]) + 1
             if size >= _SAMPLED_CHARACTERS:
                 break
     return texts

@@ -43,6 +43,7 @@ class Part:
         rows: number of rows, at least 1.
         bytes: size of its shard file.
         sha256: hex digest of its shard file.
+        last_row_crc32c: checksum of its last row: a reader knows by it that an open shard is the one meant.
         mask_bytes, mask_sha256: the same of the shard of its loss masks; 0 and "" if all of its tokens are trained on.
     """
 
@@ -50,6 +51,7 @@ class Part:
     rows: int
     bytes: int
     sha256: str
+    last_row_crc32c: int
     mask_bytes: int = 0
     mask_sha256: str = ""
 
@@ -126,7 +128,7 @@ class Manifest:
         Independent of names and paths, of the number of ranks that built the dataset, and of where it lies.
         """
         content = [FORMAT, self.tokenizer_sha256, self.sequence_length, self.dtype]
-        content += [[part.rows, part.sha256, part.mask_sha256] for part in self.parts]
+        content += [[part.rows, part.sha256, part.last_row_crc32c, part.mask_sha256] for part in self.parts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def as_record(self) -> dict[str, Any]:
@@ -317,6 +319,7 @@ def _parse_part(record: _Record) -> Part:
         rows=record.take_count("rows", minimum=1),
         bytes=record.take_count("bytes", minimum=1),
         sha256=record.take_sha256("sha256"),
+        last_row_crc32c=record.take_count("last_row_crc32c"),
         mask_bytes=record.take_count("mask_bytes"),
         mask_sha256=record.take("mask_sha256", str),
     )

@@ -53,8 +53,7 @@ def repair_dataset(directory: Path, world: World, progress: Callable[[int, int],
         tokenizer = _tokenizer(directory, manifest, settings)
     flags = _all_flags(plan, config, world) if config.filters.deduplicate != "none" else None
     units = [plan.units[index] for index in sorted({_unit_of(name) for name in broken})]
-    with world.guard("choose an encoder"):
-        engine = choose_engine_for(directory / TOKENIZER_DIRECTORY, units, config, world)
+    engine = choose_engine_for(directory / TOKENIZER_DIRECTORY, units, config, world)
     workspace = Workspace(directory.with_name(f"{directory.name}.repair"))
     with world.guard("prepare"):
         if world.rank == 0:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def write_part(
             assert trainable.shape == rows.shape
             with published_directory(partial / MASK_ARRAY) as beside:
                 mask_bytes, mask_sha256 = _write_array(beside, np.packbits(trainable, axis=1, bitorder="little"))
-    return Part(name, len(rows), size, sha256, mask_bytes, mask_sha256)
+    return Part(name, len(rows), size, sha256, google_crc32c.value(_as_stored(rows[-1:])), mask_bytes, mask_sha256)
 
 
 def _write_array(path: Path, rows: npt.NDArray[np.unsignedinteger]) -> tuple[int, str]:
@@ -90,12 +90,16 @@ def _write_array(path: Path, rows: npt.NDArray[np.unsignedinteger]) -> tuple[int
     )
     digest = hashlib.sha256()
     with (path / SHARD_FILE).open("wb", buffering=0) as file:
-        for piece in _shard_pieces(rows.astype(rows.dtype.newbyteorder("<"), order="C", copy=False)):
+        for piece in _shard_pieces(_as_stored(rows)):
             digest.update(piece)
             _write_all(file, piece)
         size = file.tell()
     assert size == shard_bytes(len(rows), rows.shape[1] * rows.itemsize), size
     return size, digest.hexdigest()
+
+
+def _as_stored(rows: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.unsignedinteger]:
+    return rows.astype(rows.dtype.newbyteorder("<"), order="C", copy=False)
 
 
 def _shard_pieces(rows: npt.NDArray[np.unsignedinteger]) -> Iterator[memoryview]:
@@ -132,8 +136,9 @@ class RowReader:
         parts = manifest.parts
         self._starts = np.cumsum([0, *(part.rows for part in parts)])
         self._dtype, self._row_tokens = manifest.numpy_dtype, manifest.row_tokens
-        self._tokens = _ShardFiles(directory, [(part.path, part.bytes) for part in parts], manifest.row_bytes)
-        masks = [(f"{part.path}/{MASK_ARRAY}", part.mask_bytes) for part in parts]
+        tokens = [(part.path, part.bytes, part.last_row_crc32c) for part in parts]
+        self._tokens = _ShardFiles(directory, tokens, manifest.row_bytes)
+        masks = [(f"{part.path}/{MASK_ARRAY}", part.mask_bytes, None) for part in parts]
         self._masks = _ShardFiles(directory, masks, -(-manifest.row_tokens // 8))
         self._masked = np.array([part.mask_bytes > 0 for part in parts])
 
@@ -183,8 +188,8 @@ class RowReader:
 class _ShardFiles:
     """The shards of one array of every part, the latest used of them open: chunks of `chunk_bytes` and a checksum."""
 
-    def __init__(self, directory: Path, shards: list[tuple[str, int]], chunk_bytes: int) -> None:
-        """Take note of the path inside `directory` and the size of each shard."""
+    def __init__(self, directory: Path, shards: Sequence[tuple[str, int, int | None]], chunk_bytes: int) -> None:
+        """Take note of the path inside `directory`, the size and the last checksum (None for any) of each shard."""
         self._directory, self._shards, self._chunk_bytes = directory, shards, chunk_bytes
         self._open: OrderedDict[int, int] = OrderedDict()  # part -> file descriptor, the latest used last
 
@@ -229,7 +234,23 @@ class _ShardFiles:
         if size != expected:
             os.close(self._open.pop(part))
             raise self._unusable(part, f"{size} bytes, but the manifest says {expected}")
+        if not self._is_meant(descriptor, part):
+            os.close(self._open.pop(part))
+            raise self._unusable(part, "not the shard that the manifest describes: the dataset was changed")
         return descriptor
+
+    def _is_meant(self, descriptor: int, part: int) -> bool:
+        """Whether the last row is that of the manifest, or broken: whole, but another, it is of another shard."""
+        _, size, expected = self._shards[part]
+        if expected is None:
+            return True
+        stored = self._chunk_bytes + CHECKSUM_BYTES
+        # A shard is its chunks and an index of 16 bytes for each, with a checksum.
+        end = (size - CHECKSUM_BYTES) // (stored + _INDEX_ENTRY_BYTES) * stored
+        checksum = int.from_bytes(os.pread(descriptor, CHECKSUM_BYTES, end - CHECKSUM_BYTES), "little")
+        if checksum == expected:
+            return True
+        return bool(checksum != google_crc32c.value(os.pread(descriptor, self._chunk_bytes, end - stored)))
 
     def _path(self, part: int) -> Path:
         return self._directory / self._shards[part][0] / SHARD_FILE

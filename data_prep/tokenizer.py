@@ -60,7 +60,7 @@ SPLIT_PATTERN = "|".join(
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 _LONGEST_TOKEN = 32  # characters, as in the reference: no token for a line of dashes
 
-TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _NO_LIMIT = 10**30  # Hugging Face's mark for "this tokenizer does not limit the length"
 
 
@@ -127,8 +127,7 @@ def adopt_tokenizer(source: Path, control: ControlTokens, out: Path) -> Tokenize
     # A name that is there already keeps its id and only becomes special.
     model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in astuple(control)])
     tokenizer = Tokenizer(model.to_str(pretty=True).encode(), str(path), control)
-    template = load_config(source).get("chat_template")
-    save_tokenizer(model, out, control, template if isinstance(template, str) else CHAT_TEMPLATE)
+    save_tokenizer(model, out, control, load_chat_template(source))
     return tokenizer
 
 
@@ -136,7 +135,7 @@ def save_tokenizer(
     model: tokenizers.Tokenizer,
     out: Path,
     control: ControlTokens = ControlTokens(),
-    chat_template: str = CHAT_TEMPLATE,
+    chat_template: str | None = CHAT_TEMPLATE,
 ) -> None:
     """Write `out`/tokenizer.json and `out`/tokenizer_config.json (Hugging Face names); `out` appears whole or not.
 
@@ -148,7 +147,7 @@ def save_tokenizer(
         "bos_token": control.begin,
         "eos_token": control.end,
         "pad_token": control.pad,
-        "chat_template": chat_template,
+        **({} if chat_template is None else {"chat_template": chat_template}),
         "clean_up_tokenization_spaces": False,
         "model_max_length": _NO_LIMIT,
     }
@@ -288,6 +287,21 @@ def load_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DataError(f"{path}: is no JSON object; restore it from the tokenizer's source")
     return config
+
+
+def load_chat_template(directory: Path) -> str | None:
+    """Return the chat template of a tokenizer, from where Hugging Face puts it; None if it has none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = directory / TEMPLATE_FILE
+    if path.is_file():
+        return _read(path).decode("utf-8", errors="replace")
+    template = load_config(directory).get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
 
 
 def configured_tokens(directory: Path) -> ControlTokens:

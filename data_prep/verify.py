@@ -10,7 +10,6 @@ from data_prep.files import file_sha256
 from data_prep.job import PLAN_FILE, TOKENIZER_DIRECTORY
 from data_prep.manifest import SHARD_FILE, Manifest, Part
 from data_prep.shards import MASK_ARRAY, shard_bytes
-from data_prep.tokenizer import TOKENIZER_FILE
 from data_prep.world import World
 
 Problems = dict[str, list[str]]
@@ -67,11 +66,9 @@ def _problems_beside_parts(directory: Path, manifest: Manifest) -> list[str]:
     named = {part.path for part in manifest.parts}
     strangers = sorted(path.name for path in directory.glob("part-*") if path.name not in named)
     problems = [f"{directory / name}: not in the manifest" for name in strangers]
-    plan = manifest.provenance.get("plan_sha256")
-    for path, sha256 in (
-        (directory / PLAN_FILE, plan),
-        (directory / TOKENIZER_DIRECTORY / TOKENIZER_FILE, plan and manifest.tokenizer_sha256),
-    ):
+    tokenizer = manifest.provenance.get("settings", {}).get("tokenizer", {})
+    beside = {directory / TOKENIZER_DIRECTORY / name: sha256 for name, sha256 in tokenizer.items()}
+    for path, sha256 in {directory / PLAN_FILE: manifest.provenance.get("plan_sha256"), **beside}.items():
         if sha256 and (not path.is_file() or file_sha256(path) != sha256):
             problems.append(
                 f"{path}: missing or changed; restore it. Rows can be read without it, but not repaired or shown"

@@ -52,6 +52,7 @@ class Workspace:
         self.data = self.root / "data"
         self._units, self._flags = self.root / "units", self.root / "duplicates"
         self.has_locks = True
+        self._is_new = False
         self._locks: int | None = None
 
     def prepare(self, settings: Mapping[str, Any]) -> None:
@@ -65,12 +66,13 @@ class Workspace:
         with self.writing():
             for directory in (self.data, self._units):
                 directory.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+            self._is_new = not path.exists()
+            if self._is_new:
                 write_atomic(path, json.dumps(settings, indent=1).encode() + b"\n")
         begun = _read_json(path)
         differing = [name for name in {**settings, **begun} if settings.get(name) != begun.get(name)]
         if differing:
-            what = ", ".join(f"{name} was {begun.get(name)!r}, now {settings.get(name)!r}" for name in differing)
+            what = ", ".join(_difference(name, begun.get(name), settings.get(name)) for name in differing)
             raise DataError(
                 f"{self.root}: holds an unfinished build with other settings ({what}); repeat those, or remove that"
                 " directory to start afresh"
@@ -171,6 +173,11 @@ class Workspace:
         finally:
             self._unlock(_PUBLISHING, 1)
 
+    def discard(self) -> None:
+        """Remove the workspace if this process has made it, nobody else works in it, and nothing in it is of use."""
+        if self._is_new and not self._flags.exists() and self._lock(0, _PUBLISHING):
+            self.remove()
+
     def remove(self) -> None:
         """Remove the workspace and all that is in it."""
         shutil.rmtree(self.root, ignore_errors=True)
@@ -219,6 +226,13 @@ class Workspace:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
+
+
+def _difference(name: str, then: object, now: object) -> str:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        return ", ".join(_difference(f"{name}.{key}", then.get(key), now.get(key)) for key in keys)
+    return f"{name} was {then!r}, now {now!r}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -103,7 +103,10 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
             OmegaConf.update(changes, key, _scalar(override, value), force_add=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"override {override!r}: {error}") from None
-    merged = cast(DictConfig, OmegaConf.merge(OmegaConf.create(raw), changes))
+    try:
+        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.create(raw), changes))
+    except TypeError as error:  # a key into a list
+        raise ConfigError(f"overrides {' '.join(overrides)}: {error}; give a list as a whole") from None
     config = _to_run_config(merged)
     # What is written with a run must mean the same from anywhere.
     config.run_dir, config.data.validation, config.data.tokenizer = (

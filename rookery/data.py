@@ -169,8 +169,9 @@ def build(  # noqa: PLR0913 - a parameter a flag
     ] = None,
     array: Annotated[int | None, typer.Option(metavar="N", help="Submit N such tasks through Submitit.")] = None,
     cluster: Annotated[
-        str, typer.Option(metavar="slurm|local", help="Where the array runs; local waits for it.")
-    ] = "slurm",
+        str | None,
+        typer.Option(metavar="slurm|local", help="Where the array runs; local waits for it.  [default: slurm]"),
+    ] = None,
     sbatch: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, time in minutes; may be repeated.")
     ] = None,
@@ -204,10 +205,14 @@ def build(  # noqa: PLR0913 - a parameter a flag
         share = None if task is None else _task(task)
         if array is not None and (world.size > 1 or share is not None):
             raise DataError(f"--array {array}: submits tasks; leave out --task, mpiexec and srun")
+        if array is None and (sbatch or cluster is not None):
+            raise DataError("--sbatch, --cluster: are of use with --array alone")
     if array is not None:
-        _submit(what, array, cluster, dict(map(_key_and_text, sbatch or [])))
+        job = _submit(what, array, cluster or "slurm", dict(map(_key_and_text, sbatch or [])))
         if cluster == "local":
             _print_built(Manifest.load(what.out), what.out, time.perf_counter() - started, array, as_json=as_json)
+        elif as_json:
+            print(json.dumps({"job": job, "tasks": array}))
         return
     with _progress("tokenizing", shown=world.rank == 0) as advance:
 
@@ -286,7 +291,7 @@ def _print_built(manifest: Manifest, out: Path, seconds: float, ranks: int, *, a
     print(f"{out}: {_summary(manifest)}; {seconds:.1f} s on {ranks} rank(s) or task(s), {rate:.1f} MB/s of text")
     skipped = manifest.counters.get("skipped", 0)
     if skipped:
-        print(f"{out / 'skipped.txt'}: why {skipped} bad documents were left out", file=sys.stderr)
+        print(f"{skipped} bad documents were left out; {out / 'skipped.txt'} says why", file=sys.stderr)
 
 
 def _summary(manifest: Manifest) -> str:
@@ -300,14 +305,18 @@ def _skips(skipped: int) -> str:
     return f", {skipped} bad documents skipped" if skipped else ""
 
 
-def _submit(what: Build, tasks: int, cluster: str, sbatch: dict[str, str]) -> None:
-    """Submit a build as an array of tasks, and wait for tasks that run on this machine."""
+def _submit(what: Build, tasks: int, cluster: str, sbatch: dict[str, str]) -> str:
+    """Submit a build as an array of tasks, and wait for tasks that run on this machine; return the job's id."""
     from data_prep.errors import DataError
     from data_prep.files import refuse_existing, write_atomic
     from slurm.array import submit_array, wait_for
 
     if tasks < 1:
         raise DataError(f"--array {tasks}: needs at least one task")
+    if what.config.filters.deduplicate != "none":
+        raise DataError(
+            f"--array {tasks}: filters.deduplicate needs ranks that talk to each other; use mpiexec or srun instead"
+        )
     refuse_existing(what.out)
     folder = what.out.with_name(f"{what.out.name}.jobs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -316,9 +325,11 @@ def _submit(what: Build, tasks: int, cluster: str, sbatch: dict[str, str]) -> No
     command = [sys.executable, "-m", "rookery", "data", "build", "--config", str(file), "--task"]
     commands = [[*command, f"{number}/{tasks}"] for number in range(1, tasks + 1)]
     jobs = submit_array(commands, folder, f"build-{what.out.name}", cluster, sbatch)
-    print(f"{what.out}: {tasks} tasks submitted, job {jobs[0].job_id.split('_')[0]}; logs in {folder}", file=sys.stderr)
+    job: str = jobs[0].job_id.split("_")[0]
+    print(f"{what.out}: {tasks} tasks submitted, job {job}; logs in {folder}", file=sys.stderr)
     if cluster == "local":
         wait_for(jobs)
+    return job
 
 
 def _key_and_text(setting: str) -> tuple[str, str]:

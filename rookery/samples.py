@@ -55,7 +55,10 @@ def show(  # noqa: PLR0913 - options of a command
     world: WorldSize = 1,
     seed: Seed = None,
     global_batch_size: GlobalBatch = None,
-    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Tokenizer of a dataset directory.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A dataset's tokenizer.  [default: its own]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a row of a dataset, or the samples of one rank in one step, as text; control tokens by their names."""
@@ -97,6 +100,8 @@ class _Order:
 
         if world < 1 or not 0 <= rank < world or step < 0:
             raise DataError(f"--step {step} --rank {rank} --world {world}: need a step >= 0 and a rank below --world")
+        if (step + 1) * self.global_batch_size >= 2**63:
+            raise DataError(f"--step {step}: beyond any run; the number of samples needs more than 63 bits")
         if self.global_batch_size % world:
             raise DataError(
                 f"--world {world}: {world} ranks do not divide the global batch of {self.global_batch_size}"
@@ -157,6 +162,7 @@ def _open(
     tokenizer: Path | None = None,
 ) -> _Order:
     from data_prep.errors import DataError
+    from data_prep.job import TOKENIZER_DIRECTORY
     from data_prep.manifest import Manifest
     from pipeline.config import RunConfig, load_config
     from pipeline.loader import TrainingData, open_mixture
@@ -164,7 +170,13 @@ def _open(
 
     directory = Path(where)
     if directory.is_dir() and not (directory / "run.yaml").is_file():
+        if overrides:
+            raise DataError(f"{overrides[0]}: overrides are for a configuration; {where} is a dataset")
+        if global_batch_size is not None and global_batch_size < 1:
+            raise DataError(f"--global-batch-size {global_batch_size}: needs at least one sequence")
         manifest = Manifest.read(directory)
+        if tokenizer is None and (directory / TOKENIZER_DIRECTORY).is_dir():
+            tokenizer = directory / TOKENIZER_DIRECTORY
         chosen = RunConfig.seed if seed is None else seed
         mixture = Mixture([Source(directory.name, manifest.rows, fingerprint=manifest.fingerprint)], chosen)
         data = TrainingData((directory,), (manifest,), mixture)

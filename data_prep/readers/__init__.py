@@ -39,10 +39,12 @@ def read_item(item: WorkItem, options: ReaderOptions | None = None, on_bad: OnBa
             that is damaged in its middle is one problem, and its readable beginning has been yielded.
 
     Raises:
-        DataError: a document cannot be used and `on_bad` raises; or the file has changed since it was planned.
+        DataError: a document cannot be used and `on_bad` raises; or the file has changed since it was planned, be
+            it while it was read.
     """
     refuse_changed(item)
-    return _READERS[item.format](item, options or ReaderOptions(), on_bad)
+    yield from _READERS[item.format](item, options or ReaderOptions(), on_bad)
+    refuse_changed(item)  # meanwhile
 
 
 def read_documents(

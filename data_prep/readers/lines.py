@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 from data_prep.errors import DataError
-from data_prep.readers.items import Document, OnBad, ReaderOptions, WorkItem, fail, not_utf8, too_long, unreadable
+from data_prep.readers.items import Document, OnBad, ReaderOptions, WorkItem, not_utf8, too_long, unreadable
 
 _BLOCK = 2**20
+_SMALL_BLOCK = 2**12  # where a file is damaged
 _UTF8_MARK = b"\xef\xbb\xbf"  # the byte-order mark that some programs write first
+_LINES_LOOKED_AT = 3  # to tell JSON lines from JSON
 _ABSENT = object()
 
 
@@ -23,25 +26,52 @@ class DamagedFileError(DataError):
 
 
 class _Guarded:
-    """A stream of bytes whose errors name the file and the place."""
+    """A stream of bytes whose errors name the file and the place.
 
-    def __init__(self, stream: Any, path: str) -> None:
-        self._stream, self._path, self._position = stream, path, 0
+    Attributes:
+        position: bytes that have been read.
+    """
+
+    def __init__(self, stream: Any, item: WorkItem) -> None:
+        self._stream, self._item, self.position = stream, item, 0
+        self._damage: OSError | None = None
 
     def seek(self, offset: int) -> None:
         self._stream.seek(offset)
-        self._position = offset
+        self.position = offset
 
     def read(self, size: int) -> bytes:
-        try:
-            block: bytes = self._stream.read(size)
-        except OSError as error:
+        block = b""
+        if self._damage is None:
+            try:
+                block = self._stream.read(size)
+            except OSError as error:
+                self._damage = error
+                block = self._before_damage()
+        if self._damage is not None and not block:
             raise DamagedFileError(
-                f"{self._path}: damaged or cut short after byte {self._position} of its text ({error}); restore the"
-                " file, or leave out the rest of it (--on-bad-document skip)"
-            ) from error
-        self._position += len(block)
+                f"{self._item.path}: damaged or cut short after byte {self.position} of its text ({self._damage});"
+                " restore the file, or leave out the rest of it (--on-bad-document skip)"
+            ) from self._damage
+        self.position += len(block)
         return block
+
+    def _before_damage(self) -> bytes:
+        """Return what can be read after `position`: a decompressor that fails keeps what it has decoded to itself."""
+        if not self._item.compression:
+            return b""
+        pieces = []
+        with _decompressed(self._item) as stream:
+            left = self.position
+            while left:
+                left -= len(stream.read(min(left, _BLOCK)))
+            with suppress(OSError):
+                # Up to the same multiples from wherever a window begins, so that all see the same end.
+                size = _SMALL_BLOCK - self.position % _SMALL_BLOCK
+                while piece := stream.read(size):
+                    pieces.append(piece)
+                    size = _SMALL_BLOCK
+        return b"".join(pieces)
 
 
 def read_text(item: WorkItem, options: ReaderOptions, on_bad: OnBad) -> Iterator[Document]:
@@ -100,16 +130,39 @@ def read_jsonl(item: WorkItem, options: ReaderOptions, on_bad: OnBad) -> Iterato
 
 
 def looks_like_jsonl(item: WorkItem, options: ReaderOptions) -> bool:
-    """Whether the first line that is not blank is a JSON object with one of the columns."""
-    head = ReaderOptions(max_document_bytes=min(_BLOCK, options.max_document_bytes))
-    try:
-        for _, line in _lines(item, head, fail):
+    """Whether of the first lines one is a JSON object with one of the columns, or two are objects of any kind.
+
+    A line may be broken, or the column be missing in all: that is for the reader to say, not to be taken for text.
+    """
+    objects = 0
+    for _, line in islice(_lines(item, options, lambda problem: None), _LINES_LOOKED_AT):
+        try:
             record = json.loads(line)
-            columns = (options.text_column, options.chat_column)
-            return any(_field(column)(record) is not _ABSENT for column in columns)
-    except (DataError, ValueError, RecursionError):
-        pass
-    return False
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            objects += 1
+            if any(_field(column)(record) is not _ABSENT for column in (options.text_column, options.chat_column)):
+                return True
+    return objects > 1
+
+
+def text_per_byte(item: WorkItem) -> float:
+    """Return how many bytes of text a byte of the file holds, measured on its first `_BLOCK` bytes; 1 if it is damaged.
+
+    Only the cuts depend on it.
+    """
+    if not item.compression or not item.file_bytes:
+        return 1.0
+    import pyarrow as pa
+
+    with open(item.path, "rb") as file:  # noqa: PTH123 - the path is a string here
+        head = file.read(_BLOCK)
+    text = 0
+    with suppress(OSError), pa.CompressedInputStream(pa.BufferReader(head), item.compression) as stream:
+        while piece := stream.read(_SMALL_BLOCK):
+            text += len(piece)
+    return max(text, len(head)) / len(head)
 
 
 def _turns(record: Any, text: Any, turns: Any, options: ReaderOptions, where: str) -> list[dict[str, Any]]:
@@ -182,6 +235,7 @@ def _lines(item: WorkItem, options: ReaderOptions, on_bad: OnBad) -> Iterator[tu
     Offsets count uncompressed bytes. A line above the limit goes to `on_bad`, and so does damage of the file, after
     which nothing follows.
     """
+    file: _Guarded | None = None
     try:
         with _opened(item) as file:
             for offset, line in _long_lines(file, item, options.max_document_bytes):
@@ -190,7 +244,9 @@ def _lines(item: WorkItem, options: ReaderOptions, on_bad: OnBad) -> Iterator[tu
                 elif line and not line.isspace():
                     yield offset, line
     except DamagedFileError as damage:
-        on_bad(damage)
+        # Damage before the range is for the item in whose range it lies.
+        if file is None or item.start <= file.position:
+            on_bad(damage)
 
 
 def _long_lines(file: _Guarded, item: WorkItem, limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -255,11 +311,17 @@ def _opened(item: WorkItem) -> Iterator[_Guarded]:
         except OSError as error:
             raise DamagedFileError(str(unreadable(item.path, error))) from error
         with file:
-            yield _Guarded(file, item.path)
+            yield _Guarded(file, item)
         return
     if item.file_bytes == 0:
         raise DamagedFileError(f"{item.path}: empty, which is no {item.compression} file; restore it or leave it out")
+    with _decompressed(item) as stream:
+        yield _Guarded(stream, item)
+
+
+@contextmanager
+def _decompressed(item: WorkItem) -> Iterator[Any]:
     import pyarrow as pa  # reads concatenated frames and, unlike others, notices a cut stream
 
     with pa.OSFile(item.path) as source, pa.CompressedInputStream(source, item.compression) as stream:
-        yield _Guarded(stream, item.path)
+        yield stream

@@ -10,11 +10,10 @@ from pathlib import Path
 from data_prep.corpus import COMPRESSED_SUFFIXES, SOURCE_SUFFIXES, find_files, plain_suffix
 from data_prep.errors import DataError
 from data_prep.readers.items import MEBIBYTE, ReaderOptions, WorkItem, unreadable
-from data_prep.readers.lines import looks_like_jsonl
+from data_prep.readers.lines import looks_like_jsonl, text_per_byte
 from data_prep.readers.parquet import row_group_bytes
 
 ITEM_BYTES = 64 * MEBIBYTE
-_TEXT_PER_BYTE = {"": 1, "gzip": 4, "zstd": 4}  # typical of text; only the cuts depend on it
 _PARQUET_TEXT_PER_BYTE = 2
 _WINDOWS = 8  # at most, of a compressed file: each is read from the beginning of the file
 _COMPRESSION = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -68,7 +67,8 @@ def whole_item(source: SourceFile, options: ReaderOptions) -> WorkItem:
         raise DataError(f"{path}: neither gzip nor zstd, whatever its name says; restore it or leave it out of --input")
     if packed and not source.size:
         compression = "gzip" if path.suffix.lower() == ".gz" else "zstd"
-    item = replace(item, compression=compression, bytes=source.size * _TEXT_PER_BYTE[compression])
+    item = replace(item, compression=compression)
+    item = replace(item, bytes=int(source.size * text_per_byte(item)))
     if suffix in (".jsonl", ".ndjson"):
         return replace(item, format="jsonl")
     if suffix not in SOURCE_SUFFIXES and looks_like_jsonl(item, options):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from data_prep.config import BuildConfig
 from data_prep.manifest import Manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, load_chat_template
 from rookery.cli import app
 
 
@@ -152,7 +153,7 @@ def test_bad_documents_that_are_skipped_are_said(corpus: Path, tokenizer_dir: Pa
         tmp_path / "out", tokenizer_dir, "--input", corpus, tmp_path / "bad.txt", "--on-bad-document", "skip"
     )
     assert result.exit_code == 0, result.output
-    assert "why 1 bad documents were left out" in result.stderr
+    assert "1 bad documents were left out" in result.stderr
     assert "skipped 1" in rookery_data("info", tmp_path / "out").stdout
 
 
@@ -165,6 +166,19 @@ def test_show_refuses_a_row_or_a_tokenizer_that_does_not_belong(
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes() + b"\n")
     result = rookery_data("show", dataset, 0, "--tokenizer", tmp_path)
     assert "was built with another tokenizer" in str(result.exception)
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", None])
+def test_an_adopted_tokenizer_keeps_its_chat_template(
+    tokenizer_dir: Path, tmp_path: Path, template: str | None
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(tokenizer_dir / "tokenizer.json", source)
+    if template is not None:
+        (source / "chat_template.jinja").write_text(template)
+    assert rookery_data("adopt-tokenizer", source, "--out", tmp_path / "bpe").exit_code == 0
+    assert load_chat_template(tmp_path / "bpe") == template
 
 
 def test_every_key_of_a_build_is_documented_with_its_default() -> None:

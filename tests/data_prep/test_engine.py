@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from data_prep import engine as engine_module
 from data_prep.engine import DOCUMENTS_PER_CHECK, Encode, Engine, choose_engine, difficult_texts
 from data_prep.errors import DataError
 from data_prep.tokenizer import Tokenizer
+from slurm.local import rank_command, rank_environment
 
 FAST = ("gigatoken", "fastokens")
 CHARACTERS = [chr(code) for code in range(0x2_0000) if not 0xD800 <= code < 0xE000]
@@ -183,3 +186,32 @@ def test_an_encoder_that_hoards_memory_is_made_anew(monkeypatch: pytest.MonkeyPa
     made[0].append(bytearray(b"x" * (60 * 2**20)))
     assert [int(encode(["x" * 60])[0][0]) for _ in range(3)] == [2, 2, 2]
     made[0].clear()
+
+
+ON_RANKS = """
+import sys, warnings
+from pathlib import Path
+from data_prep import engine
+from data_prep.tokenizer import Tokenizer
+from data_prep.world import World
+world = World.discover()
+def wrong_about_zzz(definition, threads):
+    reference = Tokenizer.load(Path(sys.argv[1]))
+    return lambda texts: [ids[:-1] if "ZZZ" in text else ids for text, ids in zip(texts, reference.encode_batch(texts))]
+engine._FAST = {"json": wrong_about_zzz}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    chosen = engine.agree_on_engine(Path(sys.argv[1]), ["aaa", "ZZZ"][: world.rank + 1], "auto", world)
+warned = [str(each.message) for each in caught if "slower" in str(each.message)]
+Path(sys.argv[2], str(world.rank)).write_text("\\n".join([chosen.name, *warned]))
+"""
+
+
+def test_all_ranks_use_an_encoder_that_is_right_on_every_one(tokenizer_dir: Path, tmp_path: Path) -> None:
+    command = rank_command(2, [sys.executable, "-c", ON_RANKS, str(tokenizer_dir), str(tmp_path)])
+    environment = {**rank_environment(2), "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    first, second = ((tmp_path / str(rank)).read_text().split("\n") for rank in range(2))
+    assert first[0] == second[0] == "tokenizers"
+    assert "json gives other ids for the text 'ZZZ'" in first[1]
+    assert second[1:] == []

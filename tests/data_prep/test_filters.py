@@ -72,6 +72,14 @@ def test_a_users_function_changes_and_drops_and_is_counted(user_module: str) -> 
     assert str(Path.cwd()) not in sys.path
 
 
+def test_a_users_function_gets_every_turn_of_a_chat(user_module: str) -> None:
+    filters = Filters(FilterConfig(user=(f"{user_module}:shout",)))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert filters.apply_to_turns(turns) == [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    assert filters.apply_to_turns([*turns, {"role": "user", "content": "drop it"}]) is None
+    assert counters(filters) == {"user my_filters:shout_changed": 1, "user my_filters:shout": 1}
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ def test_lines_of_text_may_be_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.json", "a.anything", "noext"])
 def test_json_lines_are_known_by_their_content(tmp_path: Path, name: str) -> None:
     assert texts_of(plain(tmp_path / name, jsonl(["x", "y"]))) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (jsonl(TEXTS).replace(b"text", b"body"), "no field text or messages"),
+        (b"{broken\n" + jsonl(TEXTS), "broken JSON"),
+        (b'{"text": "\xff"}\n' + jsonl(TEXTS), "not UTF-8"),
+    ],
+)
+def test_json_lines_that_cannot_be_used_are_not_taken_for_text(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        texts_of(plain(tmp_path / "a.json", content))
+
+
+def test_a_first_line_may_be_longer_than_a_block(tmp_path: Path) -> None:
+    assert len(texts_of(plain(tmp_path / "a.json", jsonl(["long " * 500_000, *TEXTS])))) == 1 + len(TEXTS)
 
 
 def test_a_json_file_that_is_no_corpus_is_a_source_text(tmp_path: Path) -> None:
@@ -266,6 +284,29 @@ def test_a_truncated_compressed_file_is_named_or_its_beginning_kept(tmp_path: Pa
     assert len(problems) == 1
 
 
+def test_damage_in_a_compressed_file_costs_what_comes_after_it_and_is_one_problem(tmp_path: Path) -> None:
+    path = plain(tmp_path / "a.jsonl.gz", gzip.compress(jsonl(TEXTS * 8))[:-3000])
+    decoder, whole = zlib.decompressobj(31), path.read_bytes()
+    lines = decoder.decompress(whole).count(b"\n")
+    texts, problems = skipping(path)
+    assert lines > 3000
+    assert lines - len(texts) <= 8192 // 30, "less than what a small block holds is lost"
+    assert len(problems) == 1
+    cut: list[DataError] = []
+    items = plan_items([path], item_bytes=20_000)
+    assert len(items) > 4
+    assert [d.text for item in items for d in read_item(item, on_bad=cut.append)] == texts
+    assert len(cut) == 1
+
+
+def test_windows_of_a_compressed_file_hold_equal_parts_whatever_its_ratio(tmp_path: Path) -> None:
+    path = plain(tmp_path / "a.jsonl.gz", gzip.compress(jsonl(["the same words again and again " * 30] * 5000)))
+    items = plan_items([path], item_bytes=2**20)
+    sizes = [sum(len(document.text or "") for document in read_item(item)) for item in items]
+    assert len(items) > 3
+    assert max(sizes) < 1.3 * min(sizes)
+
+
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_an_empty_compressed_file_and_a_wrong_name_are_refused(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(DataError, match=rf"a\.jsonl\.{suffix}: empty, which is no"):
@@ -294,6 +335,17 @@ def test_a_document_above_the_limit_is_named_or_skipped(tmp_path: Path, write: W
     row = parquet(tmp_path / "c.parquet", ["one", long])
     with pytest.raises(DataError, match=r"c\.parquet, row 1: longer than"):
         texts_of(row, options=options)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = plain(tmp_path / "a.jsonl", jsonl(TEXTS))
+    (item,) = plan_items([path])
+    documents = read_item(item)
+    next(documents)
+    with path.open("ab") as file:
+        file.write(jsonl(["more"]))
+    with pytest.raises(DataError, match=r"a\.jsonl: changed since the build was planned"):
+        list(documents)
 
 
 def test_a_file_that_changes_after_planning_is_refused(tmp_path: Path) -> None:

@@ -173,6 +173,17 @@ def test_a_build_is_not_continued_with_other_settings(corpus: Path, tokenizer_di
     assert len(Workspace(out).finished_units()) == finished
 
 
+def test_a_build_that_is_refused_leaves_the_work_of_others_alone(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    workspace = Workspace(out)
+    workspace.prepare({"sequence_length": 127})  # begun a moment ago: nothing is finished yet
+    with pytest.raises(DataError, match=r"other settings \(sequence_length was 127, now 255"):
+        build_dataset([corpus], tokenizer_dir, 255, out, World(), config=SMALL_UNITS)
+    assert workspace.data.is_dir()
+
+
 def test_units_whose_inputs_have_changed_are_done_again(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     inputs, out = tmp_path / "inputs", tmp_path / "out"
     inputs.mkdir()

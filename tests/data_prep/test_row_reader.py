@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,17 @@ def test_a_broken_row_in_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"row 37 at byte {29 * stride} is cut short"):
         reader.rows(np.arange(20, 38))
     reader.close()
+
+
+def test_a_shard_that_was_replaced_under_a_running_job_is_refused(tmp_path: Path) -> None:
+    manifest, rows, _ = written(tmp_path / "data", 600)
+    reader = RowReader(tmp_path / "data", manifest)
+    reader.rows([0])
+    other = np.flip(rows[8:38], axis=0)  # as many rows of the same tokens, each with a checksum of its own
+    shutil.rmtree(tmp_path / "data" / part_name(2))
+    write_part(tmp_path / "data", part_name(2), other)
+    with pytest.raises(DataError, match=r"part-00002/c\.0\.0: not the shard that the manifest describes"):
+        reader.rows([9])
 
 
 def test_a_dataset_without_masks_has_no_files_of_them_to_open(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_a_failed_task_ends_with_its_message(workdir: Path, tmp_path: Path) -> N
     ("flags", "message"),
     [
         (("--array", "0"), "--array 0: needs at least one task"),
+        (("--cluster", "local"), "--sbatch, --cluster: are of use with --array alone"),
+        (("--array", "2", "--set", "filters.deduplicate=documents"), "--array 2: filters.deduplicate needs ranks"),
         (("--array", "2", "--task", "1/2"), "--array 2: submits tasks; leave out --task"),
         (("--array", "2", "--cluster", "cloud"), "--cluster cloud: is not one of slurm, local"),
         (("--array", "2", "--sbatch", "time=1:00:00"), "--sbatch time=1:00:00: should be a number of minutes"),
