@@ -1,14 +1,13 @@
 """Text to rows on disk: `rookery data build`, against the reference's way and datatrove, with one tokenizer.
 
-- rookery: `build_dataset` in a process of its own, with the encoder that it chooses, and with `tokenizers`; on one rank
-  and on two (mpiexec).
+- rookery: `build_dataset` in a process of its own, with the encoder that it chooses, and with `tokenizers`.
 - encoding alone: the same reader and encoder over the same files (`rookery data count`), nothing packed or written.
 - reference: Hugging Face `tokenizers` called per batch of 1,024 documents, Parquet of int32 lists (steps I, III).
 - datatrove: JsonlReader and DocumentTokenizer, one task; left out and said so if it is not installed.
 The text is real: the Python and text files of this machine's interpreter (--megabytes of them), as JSON lines.
     pip install --target PEERS datatrove[processing] pyarrow
     python -m benchmarks.data_build --peers PEERS
-With `--slow 0` only what is fast is measured, on a larger corpus: what writing adds, and what a second rank brings.
+What a second rank brings, and what writing adds, is in `data_ranks`: here the start of the processes blurs it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -43,7 +40,7 @@ BATCH = 1024
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", megabytes=40, rounds=3, vocabulary=32_768, slow=1)
+    options = arguments(__doc__ or "", megabytes=40, rounds=3, vocabulary=32_768)
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -52,17 +49,15 @@ def main() -> None:
         engine = choose_engine(folder / "tokenizer", list(texts(folder, 200)))
         cases = {
             f"rookery, {engine.name}": lambda: own_process(build, folder, "auto"),
-            f"rookery, {engine.name}, 2 ranks": lambda: two_ranks(folder),
             f"{engine.name} alone": lambda: own_process(encode, folder, "auto"),
+            "rookery, tokenizers": lambda: own_process(build, folder, "tokenizers"),
+            "tokenizers per batch, Parquet (reference)": lambda: own_process(reference, folder, ""),
         }
         missing = [] if installed("datatrove") else ["datatrove"]
-        if options.slow:
-            cases["rookery, tokenizers"] = lambda: own_process(build, folder, "tokenizers")
-            cases["tokenizers per batch, Parquet (reference)"] = lambda: own_process(reference, folder, "")
-            if not missing:
-                cases["datatrove"] = lambda: own_process(datatrove, folder, "")
-            tokens = {count(folder, "auto"), count(folder, "tokenizers")}
-            assert len(tokens) == 1, f"the encoders disagree: {tokens}"
+        if not missing:
+            cases["datatrove"] = lambda: own_process(datatrove, folder, "")
+        tokens = {count(folder, "auto"), count(folder, "tokenizers")}
+        assert len(tokens) == 1, f"the encoders disagree: {tokens}"
         seconds = in_turn(cases, options.rounds)
     report(options, seconds, size, missing)
 
@@ -138,19 +133,6 @@ def build(folder: Path, engine: str) -> None:
     build_dataset(
         [folder / "corpus"], folder / "tokenizer", SEQUENCE_LENGTH, folder / "out", World.discover(), config=config
     )
-
-
-def two_ranks(folder: Path) -> float:
-    shutil.rmtree(folder / "out2", ignore_errors=True)
-    command = ["-m", "rookery", "data", "build", "--input", folder / "corpus", "--tokenizer", folder / "tokenizer"]
-    command += ["--sequence-length", str(SEQUENCE_LENGTH), "--out", folder / "out2"]
-    launcher = shutil.which("mpiexec") or str(Path(sys.executable).parent / "mpiexec")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), *sys.path[-1:])))}
-    started = time.perf_counter()
-    subprocess.run(
-        [launcher, "-n", "2", sys.executable, *map(str, command)], check=True, env=environment, capture_output=True
-    )
-    return time.perf_counter() - started
 
 
 def encode(folder: Path, engine: str) -> None:

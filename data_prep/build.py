@@ -9,6 +9,8 @@ any number of ranks. Nothing of this enters the result: cuts depend on the input
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from data_prep.errors import DataError
 from data_prep.job import Job
 from data_prep.manifest import Manifest
 from data_prep.plan import Unit
-from data_prep.units import UnitResult
+from data_prep.units import Encoded, UnitResult
 from data_prep.world import World
 
 _ASK_AHEAD = 0.75  # share of a unit after which the next one is asked for
@@ -184,7 +186,7 @@ def _do_share(job: Job, number: int, tasks: int, progress: Progress | None) -> M
                 if progress is not None:
                     progress(BuildReport(done + size, job.plan.bytes, before))
 
-            job.build(unit, on_batch)
+            job.finish(unit, job.encode(unit, on_batch))
             done += unit.bytes
     return job.publish_if_complete()
 
@@ -214,7 +216,10 @@ def _work(
     histogram: npt.NDArray[np.float64],
     progress: Progress | None,
 ) -> None:
-    """Build what is left, adding to `results` and `histogram` what this rank has done."""
+    """Build what is left, adding to `results` and `histogram` what this rank has done.
+
+    A thread writes a unit while the next one is encoded, so that a rank holds the tokens of two.
+    """
     todo = _largest_first(unit for unit in job.plan.units if unit.index not in finished)
     before = job.done_bytes(unit for unit in job.plan.units if unit.index in finished)
     dispatcher = Dispatcher(world, len(todo))
@@ -223,6 +228,14 @@ def _work(
     def report() -> None:
         if progress is not None and world.rank == 0:
             progress(BuildReport(before + dispatcher.done, job.plan.bytes, before))
+
+    writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+    writing: Future[None] | None = None
+
+    def finish(unit: Unit, encoded: Encoded, claim: ExitStack) -> None:
+        with claim:
+            results[unit.index], counts = job.finish(unit, encoded)
+        np.add(histogram, counts, out=histogram)
 
     try:
         while (position := dispatcher.take()) is not None:
@@ -234,17 +247,22 @@ def _work(
                     dispatcher.ask_ahead()
                 report()
 
-            with job.workspace.claim(unit.index) as claimed:
-                if not claimed:
+            with ExitStack() as claim:
+                if not claim.enter_context(job.workspace.claim(unit.index)):
                     raise DataError(f"{job.workspace.root}: another build is at work here; wait for it to end")
-                results[unit.index], counts = job.build(unit, on_batch)
-            histogram += counts
+                encoded = job.encode(unit, on_batch)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(finish, unit, encoded, claim.pop_all())
             done += unit.bytes
             dispatcher.tick(done)
+        if writing is not None:
+            writing.result()
     except BaseException:
         dispatcher.abandon()
         raise
     finally:
+        writer.shutdown()
         dispatcher.close(report)
 
 

@@ -22,7 +22,7 @@ from data_prep.plan import Plan, Unit, make_plan
 from data_prep.readers import ReaderOptions, read_item
 from data_prep.sampling import plain_text
 from data_prep.tokenizer import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
-from data_prep.units import Recipe, UnitBuilder, UnitResult, pack_counts, unpack_counts
+from data_prep.units import Encoded, Recipe, UnitBuilder, UnitResult, pack_counts, unpack_counts
 from data_prep.workspace import Workspace
 from data_prep.world import World
 
@@ -150,12 +150,16 @@ class Job:
         """Return the text of `units`, bytes."""
         return sum(unit.bytes for unit in units)
 
-    def build(self, unit: Unit, on_batch: Callable[[int], None]) -> tuple[UnitResult, npt.NDArray[np.int64]]:
-        """Build a unit and keep its record."""
+    def encode(self, unit: Unit, on_batch: Callable[[int], None]) -> Encoded:
+        """Read and encode a unit."""
         assert self._builder is not None
         self.workspace.forget_unit(unit.index)
         flags = self.workspace.flags(unit.index) if self.deduplicates else None
-        result, histogram = self._builder.build(unit, flags, on_batch)
+        return self._builder.encode(unit, flags, on_batch)
+
+    def finish(self, unit: Unit, encoded: Encoded) -> tuple[UnitResult, npt.NDArray[np.int64]]:
+        """Write the parts of a unit, and then its record."""
+        result, histogram = encoded.write()
         with self.workspace.writing():
             self.workspace.finish_unit(
                 unit.index, {"key": self._key(unit), "result": result.as_record(), "histogram": pack_counts(histogram)}

@@ -64,7 +64,7 @@ def repair_dataset(directory: Path, world: World, progress: Callable[[int, int],
     expected = {part.path: part for part in manifest.parts}
 
     def repair(unit: Unit) -> None:
-        result, _ = builder.build(unit, None if flags is None else flags[unit.index], lambda size: None)
+        result, _ = builder.encode(unit, None if flags is None else flags[unit.index], lambda size: None).write()
         made = {part.path: part for part in result.parts}
         for name in (name for name in broken if _unit_of(name) == unit.index):
             _replace(directory, workspace, expected[name], made.get(name))

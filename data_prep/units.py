@@ -94,18 +94,14 @@ class Recipe:
 
 
 class UnitBuilder:
-    """Builds units, one after another, on one rank."""
+    """Encodes units, one after another, on one rank."""
 
     def __init__(self, recipe: Recipe, workspace: Workspace) -> None:
         self._recipe, self._workspace = recipe, workspace
         self._chat: ChatFormat | None = None  # needed, and looked for, only where there are chats
 
-    def build(
-        self, unit: Unit, flags: Flags | None, on_batch: Callable[[int], None]
-    ) -> tuple[UnitResult, npt.NDArray[np.int64]]:
-        """Build `unit`; return what became of it and how often each token is stored, shape (vocab_size,).
-
-        Its parts are on disk then.
+    def encode(self, unit: Unit, flags: Flags | None, on_batch: Callable[[int], None]) -> Encoded:
+        """Read, filter and encode `unit`.
 
         Args:
             unit: what to build. The caller holds the claim on it.
@@ -127,19 +123,8 @@ class UnitBuilder:
                     count += 1
             text_bytes += size
             on_batch(min(text_bytes, unit.bytes))
-        writer.finish()
         left_out.counters.update(filters.counters)
-        result = UnitResult(
-            parts=tuple(writer.parts),
-            documents=count,
-            dropped_tokens=writer.dropped_tokens,
-            padding_tokens=writer.padding_tokens,
-            split_documents=writer.split_documents,
-            text_bytes=text_bytes,
-            counters={name: number for name, number in sorted(left_out.counters.items()) if number},
-            messages=tuple(left_out.messages),
-        )
-        return result, writer.histogram
+        return Encoded(writer, count, text_bytes, left_out)
 
     def _encode(self, batch: Sequence[Document], left_out: LeftOut) -> list[tuple[Ids, Mask | None]]:
         """Return the ids of each document, begin and end included, and for chats which of them are trained on."""
@@ -167,6 +152,33 @@ class UnitBuilder:
         tokenizer = self._recipe.tokenizer
         document[0], document[1:-1], document[-1] = tokenizer.begin_id, ids, tokenizer.end_id
         return document
+
+
+class Encoded:
+    """A unit that has been read: its tokens are in memory, and what is left is to pack and to write them."""
+
+    def __init__(self, writer: _PartWriter, documents: int, text_bytes: int, left_out: LeftOut) -> None:
+        self._writer, self._documents, self._text_bytes, self._left_out = writer, documents, text_bytes, left_out
+
+    def write(self) -> tuple[UnitResult, npt.NDArray[np.int64]]:
+        """Write the parts; return what became of the unit and how often each token is stored, shape (vocab_size,).
+
+        Raises:
+            DataError: nothing can be written.
+        """
+        writer, left_out = self._writer, self._left_out
+        writer.finish()
+        result = UnitResult(
+            parts=tuple(writer.parts),
+            documents=self._documents,
+            dropped_tokens=writer.dropped_tokens,
+            padding_tokens=writer.padding_tokens,
+            split_documents=writer.split_documents,
+            text_bytes=self._text_bytes,
+            counters={name: number for name, number in sorted(left_out.counters.items()) if number},
+            messages=tuple(left_out.messages),
+        )
+        return result, writer.histogram
 
 
 class _PartWriter:
