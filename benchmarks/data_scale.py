@@ -100,11 +100,11 @@ def loader_cost(data: TrainingData) -> tuple[int, float]:
     message = MPI.pickle.dumps(data)
     gc.collect()
     tracemalloc.start()
-    loader = Loader(MPI.pickle.loads(message), global_batch_size=BATCH, micro_batch_size=1, prefetch=2)
+    loader = Loader(MPI.pickle.loads(message), 1)
     memory, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     loader.close()
-    seconds, loader = timed(lambda: Loader(data, global_batch_size=BATCH, micro_batch_size=1, prefetch=2))
+    seconds, loader = timed(lambda: Loader(data, 1))
     loader.close()
     return memory, seconds
 

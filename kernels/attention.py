@@ -20,7 +20,11 @@ def backend_problem(backend: str) -> str | None:
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str = "sdpa"
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    backend: str = "sdpa",
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from every position to itself and the positions before it, scaled by 1/sqrt(head_dim).
 
@@ -28,17 +32,19 @@ def causal_attention(
         query: (batch, sequence, heads, head_dim), as `key` and `value`.
         key: see `query`.
         value: see `query`.
-        backend: "sdpa" (any device) or "flash" (fp16 or bf16 on a GPU).
+        backend: "sdpa" (any device) or "flash" (fp16 or bf16 on a GPU; knows no mask).
+        mask: (batch, 1, sequence, sequence), true where a query sees a key, in place of causality.
 
     Returns:
         (batch, sequence, heads, head_dim), same dtype.
     """
     if backend == "flash":
+        assert mask is None
         from flash_attn import flash_attn_func
 
         output: torch.Tensor = flash_attn_func(query, key, value, causal=True)
         return output
     transposed = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, is_causal=mask is None
     )
     return transposed.transpose(1, 2)

@@ -15,7 +15,7 @@ _MASK = 0xFFFFFFFF
 TRUNCATION = 3.0  # standard deviations, as the reference
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def mix(x: torch.Tensor) -> torch.Tensor:
     """Hash 32-bit integers held in int64 (the "lowbias32" mixer, C. Wellons 2018: bias 0.17)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
@@ -37,10 +37,10 @@ def truncated_normal(keys: torch.Tensor, rows: int, columns: int, std: float) ->
     device = keys.device
     row = torch.arange(rows, device=device)
     column = torch.arange(columns, device=device)
-    key = _mix((_mix(keys & _MASK) + (keys >> 32)) & _MASK)
+    key = mix((mix(keys & _MASK) + (keys >> 32)) & _MASK)
     # Hash one coordinate at a time: a single counter would overflow 32 bits at 2^32 numbers a key.
-    at_row = _mix((key[:, None] + row * 0x9E3779B9) & _MASK)
-    bits = _mix((at_row[:, :, None] ^ column * 0x85EBCA6B) & _MASK)
+    at_row = mix((key[:, None] + row * 0x9E3779B9) & _MASK)
+    bits = mix((at_row[:, :, None] ^ column * 0x85EBCA6B) & _MASK)
     # 23 bits, centred: exact in float32 and never 0 or 1.
     uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
     limit = math.erf(TRUNCATION / math.sqrt(2.0))

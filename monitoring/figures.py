@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from monitoring.runlog import Record
-from monitoring.runview import Evaluation, Recurrence, RunView, depth, number
+from monitoring.runview import Evaluation, Recurrence, RunView, depth, depth_counts, number
 from monitoring.traces import (
     Json,
     Points,
@@ -210,7 +210,9 @@ def _mean_depth(index: int, run: RunView, evaluation: Evaluation) -> list[Json]:
 def _histogram_panel(runs: Sequence[RunView]) -> Panel:
     traces = []
     for index, run in enumerate(runs):
-        counts = Counter(r for r in map(depth, run.current) if r is not None)
+        counts: Counter[int] = Counter()
+        for record in run.current:
+            counts.update(depth_counts(record))
         drawn = sorted(counts)
         total = counts.total() or 1
         colour = run_colour(index)
@@ -220,9 +222,9 @@ def _histogram_panel(runs: Sequence[RunView]) -> Panel:
         trace = base_trace(index, run, "drawn depth", kind)
         trace |= {"x": drawn, "y": [short(100 * counts[r] / total) for r in drawn]}
         trace |= {"customdata": [[counts[r]] for r in drawn]}
-        trace["hovertemplate"] = "%{meta}<br>r = %{x}: %{customdata[0]:,} steps (%{y:.1f} %)<extra></extra>"
+        trace["hovertemplate"] = "%{meta}<br>r = %{x}: %{customdata[0]:,} times (%{y:.1f} %)<extra></extra>"
         traces.append(trace)
-    layout = panel_layout("drawn depth r = n + k", "share of steps (%)")
+    layout = panel_layout("drawn depth r = n + k", "share of draws (%)")
     return Panel(
         "depth-histogram",
         "Drawn depth",

@@ -1,26 +1,16 @@
-"""One or several runs as a single HTML file that works from a disk, offline, for years.
-
-The page carries its own script, style and data; its content security policy forbids the browser every request and
-every script but the two whose checksums it names.
-"""
+"""One or several runs as a single HTML file that works from a disk, offline, for years."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
 import html
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from string import Template
 
-from monitoring.figures import Panel, panels
-from monitoring.runlog import Record, RunLogError, write_atomic
+from monitoring.figures import panels
+from monitoring.page import render_page, table, write_page
+from monitoring.runlog import Record, RunLogError
 from monitoring.runview import Attempt, RunView, number, read_runs
 from monitoring.traces import RUN_COLOURS
 
@@ -39,63 +29,21 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     """
     if not runs:
         raise RunLogError("a report needs at least one run directory: name the directory that `rookery train` wrote")
-    page = _page(read_runs(runs)).encode()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, page)
-    except OSError as error:
-        raise RunLogError(f"cannot write the report {out}: {error.strerror}; choose another file") from error
-
-
-def _page(runs: Sequence[RunView]) -> str:
-    plotly, plotly_checksum = _plotly()
-    script = _asset("report.js")
-    drawn = panels(runs)
-    figures = {panel.key: {"traces": panel.traces, "layout": panel.layout} for panel in drawn if panel.traces}
-    names = ", ".join(run.name for run in runs)
-    return Template(_asset("report.html")).substitute(
-        title=html.escape(f"{names} - Rookery"),
-        heading=html.escape(names if len(runs) == 1 else f"{len(runs)} runs"),
-        as_of=_as_of(runs),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
-        f"form-action 'none'; script-src {_checksum(script)} {plotly_checksum}",
-        style=_asset("report.css"),
-        runs=_runs_table(runs),
-        warnings=_warnings(runs),
-        chips=_chips(runs),
-        panels="\n".join(_panel(panel) for panel in drawn),
-        attempts=_attempts_table(runs),
-        events=_events_table(runs),
-        configs=_configs(runs),
-        plotly=plotly,
-        figures=_pack(json.dumps(figures, allow_nan=False, separators=(",", ":"))),
-        script=script,
+    views = read_runs(runs)
+    names = ", ".join(run.name for run in views)
+    page = render_page(
+        panels(views),
+        title=f"{names} - Rookery",
+        brand="Rookery run report",
+        heading=names if len(views) == 1 else f"{len(views)} runs",
+        as_of=_as_of(views),
+        before=f"{_runs_table(views)}\n{_warnings(views)}",
+        after=f"<section><h2>Attempts</h2>\n{_attempts_table(views)}\n</section>\n"
+        f"<section><h2>Events</h2>\n{_events_table(views)}\n</section>\n"
+        f"<section><h2>Configuration</h2>\n{_configs(views)}\n</section>",
+        chips=_chips(views),
     )
-
-
-@cache
-def _plotly() -> tuple[str, str]:
-    """Return Plotly's script, packed, and its checksum.
-
-    Plotly rather than Bokeh: its figures are plain JSON, so that the style sheet themes them, and importing it costs
-    0.06 s instead of 0.7 s. Its script is 4.8 MB (Bokeh's: 1.3 MB), but 2.0 MB packed, and browsers can unpack it.
-    """
-    from plotly.offline import get_plotlyjs
-
-    script = get_plotlyjs()
-    return _pack(script), _checksum(script)
-
-
-def _asset(name: str) -> str:
-    return (resources.files("monitoring") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _checksum(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _pack(text: str) -> str:
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    write_page(page, out, "report")
 
 
 def _as_of(runs: Sequence[RunView]) -> str:
@@ -111,18 +59,6 @@ def _time(seconds: float | None) -> str:
         return "impossible time"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Rows of cells that are HTML already; on a phone every row becomes a card that repeats the header's words."""
-    head = "".join(f"<th>{name}</th>" for name in header)
-    body = "\n".join(
-        "<tr>"
-        + "".join(f'<td data-label="{name}"><div>{cell}</div></td>' for name, cell in zip(header, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll {kind}"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
 def _runs_table(runs: Sequence[RunView]) -> str:
     header = (
         "run",
@@ -134,7 +70,7 @@ def _runs_table(runs: Sequence[RunView]) -> str:
         "attempts",
         "newest attempt",
     )
-    return _table(header, (_run_row(index, run) for index, run in enumerate(runs)))
+    return table(header, (_run_row(index, run) for index, run in enumerate(runs)))
 
 
 def _run_row(index: int, run: RunView) -> list[str]:
@@ -182,15 +118,6 @@ def _chips(runs: Sequence[RunView]) -> str:
     )
 
 
-def _panel(panel: Panel) -> str:
-    if panel.traces:
-        body = f'<div class="plot" id="plot-{panel.key}" role="img" aria-label="{panel.title}"></div>'
-    else:
-        body = f'<p class="gap">{panel.gap}</p>'
-    head = f'<h2>{panel.title}</h2><p class="caption">{panel.caption}</p>'
-    return f'<section class="panel {panel.width}">{head}{body}</section>'
-
-
 def _attempts_table(runs: Sequence[RunView]) -> str:
     rows = [
         [
@@ -205,7 +132,7 @@ def _attempts_table(runs: Sequence[RunView]) -> str:
     if not rows:
         return '<p class="gap">No attempt yet.</p>'
     notes = [f"<p>{html.escape(run.name)}: {_replay(run)}</p>" for run in runs if run.abandoned]
-    return _table(("run", "attempt", "steps", "ended"), rows) + "".join(notes)
+    return table(("run", "attempt", "steps", "ended"), rows) + "".join(notes)
 
 
 def _replay(run: RunView) -> str:
@@ -228,7 +155,7 @@ def _events_table(runs: Sequence[RunView]) -> str:
         for time, name, event in reversed(events[hidden:])
     ]
     note = f"<p>{hidden:,} older events are in events.jsonl.</p>" if hidden else ""
-    return _table(("time", "run", "attempt", "event", "details"), rows, "events") + note
+    return table(("time", "run", "attempt", "event", "details"), rows, "events") + note
 
 
 def _describe(event: Record) -> list[str]:

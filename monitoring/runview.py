@@ -135,6 +135,15 @@ def depth(record: Record) -> int | None:
     return None
 
 
+def depth_counts(record: Record) -> dict[int, int]:
+    """Return how often each depth was drawn in a step: once a step, or once a micro-batch or sequence."""
+    several = record.get("depths")
+    if isinstance(several, dict):
+        return {int(r): count for r, count in several.items() if str(r).isdecimal() and isinstance(count, int)}
+    drawn = depth(record)
+    return {} if drawn is None else {drawn: 1}
+
+
 def read_runs(run_dirs: Iterable[Path]) -> list[RunView]:
     """Read runs to be shown together.
 

@@ -24,12 +24,20 @@ from data_prep.world import PeerError, World
 from kernels.attention import backend_problem
 from monitoring.runlog import RunLog, write_atomic
 from pipeline.accelerator import describe
+from pipeline.agenda import schedule_digest
 from pipeline.checkpoint import CheckpointManifest, CheckpointReader, newest_valid
 from pipeline.errors import CheckpointError, ConfigError, RunError
 from pipeline.loader import TrainingData, open_training_data
+from pipeline.model import build_meta_model
+from pipeline.optim import check_optimizer
+from pipeline.pretrained import check_init_from
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+
+
+# Beside the model: another optimizer has another state.
+_HELD = ("seed", "optimizer.kind", "optimizer.muon.tensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +49,14 @@ class Start:
         reader: the checkpoint to resume from, None for a new run.
         changes: dotted path -> [then, now] of what changed in the configuration since that checkpoint.
         passed_over: name -> problem of newer checkpoints that are not intact.
+        digest: hash of the steps to come, equal on all ranks.
     """
 
     data: TrainingData
     reader: CheckpointReader | None
     changes: dict[str, list[Any]]
     passed_over: dict[str, str]
+    digest: str
 
 
 def prepare(config: RunConfig, world: World) -> Start:
@@ -56,9 +66,10 @@ def prepare(config: RunConfig, world: World) -> Start:
         ConfigError, DataError, CheckpointError: bad input, on every rank.
     """
     with world.guard("configuration"):
-        config.train.check_world_size(world.size)
+        config.train.check_world_size(world.size, config.schedule)
         if problem := backend_problem(config.train.attention):
             raise ConfigError(f"train.attention: {problem}")
+        check_optimizer(config.optimizer, build_meta_model(config.model))
         # One rank reads the manifests; thousands that look at every shard bring a file system down.
         found = _look(config) if world.rank == 0 else None
     looked = world.broadcast(found)
@@ -69,7 +80,22 @@ def prepare(config: RunConfig, world: World) -> Start:
     with world.guard("checkpoint"):
         reader = None if directory is None else CheckpointReader(directory, verify=False)
         changes = {} if reader is None else check_resumable(reader.manifest, config, data)
-    return Start(data=data, reader=reader, changes=changes, passed_over=passed_over)
+        if reader is None and config.init_from.path is not None and world.rank == 0:
+            check_init_from(config)
+    digest = schedule_digest(config, 0 if reader is None else reader.manifest.progress.step)
+    _compare_digests(digest, world)
+    return Start(data=data, reader=reader, changes=changes, passed_over=passed_over, digest=digest)
+
+
+def _compare_digests(digest: str, world: World) -> None:
+    digests = world.allgather(digest)
+    others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    with world.guard("schedule"):
+        if others:
+            raise ConfigError(
+                f"depth: {len(others)} of {world.size} ranks, the first of them {others[0]}, would take other steps"
+                " than rank 0; give every rank the same configuration and the same versions of everything"
+            )
 
 
 def _look(config: RunConfig) -> tuple[TrainingData, Path | None, dict[str, str]]:
@@ -93,11 +119,11 @@ def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Training
     """Return what changed in the configuration since the checkpoint: dotted path -> [then, now].
 
     Raises:
-        CheckpointError: the model's shape, the seed, the tokenizer or the training data so far changed.
+        CheckpointError: the model, the seed, the kind of optimizer, the tokenizer or the training data so far changed.
     """
     changes = _differences(saved.config, dataclasses.asdict(config))
     for key, (then, now) in changes.items():
-        if key == "seed" or key.startswith("model."):
+        if key in _HELD or key.startswith("model."):
             raise CheckpointError(
                 f"{key}: the checkpoints of {config.run_dir} have {then!r}, the configuration {now!r};"
                 " set it back or choose another run_dir"
@@ -142,7 +168,7 @@ def attempt(config: RunConfig, world: World, device: torch.device, start: Start)
     _record_environment(log, world, device)
     if log is not None:
         step = 0 if start.reader is None else start.reader.manifest.progress.step
-        log.event("start", step=step, changed=start.changes, passed_over=start.passed_over)
+        log.event("start", step=step, changed=start.changes, passed_over=start.passed_over, schedule=start.digest)
     try:
         yield log
     except Exception as error:

@@ -11,6 +11,7 @@ name is complete; that it is also intact is checked when it is read.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -288,6 +289,45 @@ def resolve_checkpoint(path: Path) -> CheckpointReader:
         detail = "; ".join(problems.values()) or "train it first: `rookery train CONFIG`"
         raise CheckpointError(f"{path}: neither a checkpoint nor a run with an intact one ({detail})")
     return reader
+
+
+def describe_checkpoints(run_dir: Path, *, verify: bool) -> list[dict[str, Any]]:
+    """Return what every checkpoint of a run says of itself, oldest first.
+
+    Args:
+        run_dir: the run.
+        verify: compare every file with its recorded size and sha256, not just the manifest with itself.
+
+    Returns:
+        name, problem (None if none was found), and, if the manifest can be read, step, samples, tokens, ranks, bytes.
+
+    Raises:
+        CheckpointError: there is no such run, or it has no checkpoint.
+    """
+    paths = list_checkpoints(run_dir)
+    if not paths:
+        raise CheckpointError(f"{run_dir}: no run with a checkpoint; name a directory that `rookery train` wrote")
+    return [_describe(path, verify) for path in paths]
+
+
+def _describe(path: Path, verify: bool) -> dict[str, Any]:
+    try:
+        reader = CheckpointReader(path, verify=False)
+    except CheckpointError as error:
+        return {"name": path.name, "problem": str(error)}
+    manifest = reader.manifest
+    facts = {
+        "name": path.name,
+        **dataclasses.asdict(manifest.progress),
+        "ranks": manifest.world_size,
+        "bytes": sum(entry["bytes"] for entry in manifest.files.values()),
+    }
+    try:
+        if verify:
+            CheckpointReader(path)
+    except (CheckpointError, OSError) as error:
+        return {**facts, "problem": str(error)}
+    return {**facts, "problem": None}
 
 
 def prune_checkpoints(run_dir: Path, newest: Path, keep_last: int) -> list[str]:

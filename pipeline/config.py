@@ -24,7 +24,10 @@ from pipeline.engine import ZeroConfig
 from pipeline.errors import ConfigError
 from pipeline.loader import ONLY_DATASET, DataConfig
 from pipeline.model import ModelConfig
+from pipeline.objective import ObjectiveConfig
 from pipeline.optim import OptimizerConfig
+from pipeline.pretrained import InitFromConfig
+from pipeline.schedules import ScheduleConfig
 from pipeline.train import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -45,7 +48,10 @@ class RunConfig:
     """Version of this configuration's layout."""
     model: ModelConfig
     depth: DepthConfig = field(default_factory=DepthConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
     data: DataConfig
     train: TrainConfig
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -62,6 +68,13 @@ class RunConfig:
                 f"zero.stage: 0 keeps no float32 master weights for train.precision = {self.train.precision};"
                 " use zero.stage=1"
             )
+        if self.objective.jacobian_penalty > 0.0 and self.train.attention != "sdpa":
+            raise ConfigError(
+                f"objective.jacobian_penalty: needs second derivatives, which train.attention = {self.train.attention}"
+                " does not have; use train.attention=sdpa"
+            )
+        self.schedule.check_batch(self.train.global_batch_size)
+        self.depth.check(self.train.steps, self.train.micro_batch_size)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -112,6 +125,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     config.run_dir, config.data.validation, config.data.tokenizer = (
         str(Path(path).absolute()) for path in (config.run_dir, config.data.validation, config.data.tokenizer)
     )
+    if config.init_from.path is not None:
+        config.init_from.path = str(Path(config.init_from.path).absolute())
     for dataset in config.data.train.values():
         dataset.path = str(Path(dataset.path).absolute())
     return config

@@ -19,7 +19,8 @@ from pipeline.checkpoint import CheckpointReader, resolve_checkpoint
 from pipeline.config import RunConfig, config_from_record
 from pipeline.errors import ConfigError
 from pipeline.loader import MicroBatch, read_micro_batch
-from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
+from pipeline.model import RecurrentDepthModel, reference_name, stream_key
+from pipeline.recurrence import Trace
 
 _ROWS_PER_BATCH = 16
 
@@ -89,7 +90,7 @@ def evaluate_checkpoint(
         samples = np.arange(start, min(start + _ROWS_PER_BATCH, rows), dtype=np.int64)
         batch = read_micro_batch(row_reader, manifest, samples, samples)
         tokens += batch.trained_tokens
-        trace = _add_losses(model, batch, losses, config.seed, device)
+        trace = _add_losses(model, batch, losses, config, device)
         traces.append((len(samples), trace.to_lists()))
     row_reader.close()
     result = {
@@ -108,15 +109,17 @@ def evaluate_checkpoint(
 
 @torch.no_grad()
 def _add_losses(
-    model: RecurrentDepthModel, batch: MicroBatch, losses: dict[int, float], seed: int, device: torch.device
+    model: RecurrentDepthModel, batch: MicroBatch, losses: dict[int, float], config: RunConfig, device: torch.device
 ) -> Trace:
     """Add the summed loss of a batch at every depth of `losses`; return what the loop did."""
     trace = Trace(keep=frozenset(losses))
-    keys = torch.tensor([stream_key(seed, "evaluation", int(sample)) for sample in batch.samples], device=device)
+    keys = [stream_key(config.seed, "evaluation", int(sample)) for sample in batch.samples]
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-    model.latent(input_ids, model.initial_state(keys, input_ids.shape[1]), (max(losses), 0), trace)
+    documents = batch.documents.to(device) if config.train.document_mask else None
+    state = model.initial_state(torch.tensor(keys, device=device), input_ids.shape[1])
+    model.latent(input_ids, state, (max(losses), 0), trace, documents)
     for depth, state in trace.states.items():
-        logits = model.logits(state).flatten(0, 1)
+        logits = model.logits(state, documents).flatten(0, 1)
         losses[depth] += float(F.cross_entropy(logits, labels.flatten(), reduction="sum"))
     return trace
 

@@ -17,12 +17,25 @@ from data_prep.tokenizer import Tokenizer
 from pipeline.accelerator import select_device
 from pipeline.checkpoint import resolve_checkpoint, save_tensors
 from pipeline.config import RunConfig
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluate import load_model
-from pipeline.model import ModelConfig, RecurrentDepthModel, stream_key
+from pipeline.model import ModelConfig, RecurrentDepthModel, reference_problem, stream_key
 
 WEIGHTS = "model.safetensors"
 _ROTARY = "freqs_cis"
+# Fields of `ModelConfig` that are keys of the reference's configuration under the same name; the others are variants.
+SHAPE_KEYS = (
+    "n_embd",
+    "n_heads",
+    "intermediate_size",
+    "vocab_size",
+    "block_size",
+    "n_layers_in_prelude",
+    "n_layers_in_recurrent_block",
+    "n_layers_in_coda",
+    "norm_eps",
+    "rope_base",
+)
 # The names of the files that the reference publishes beside its weights; transformers looks for them.
 _AUTO_MAP = {
     "AutoConfig": "raven_config_minimal.RavenConfig",
@@ -42,9 +55,12 @@ def export_checkpoint(checkpoint: Path, out: Path) -> float:
 
     Raises:
         CheckpointError, DataError: the checkpoint or the run's tokenizer is missing or broken, or `out` exists.
+        ConfigError: the model is a variant that `RavenForCausalLM` cannot express.
     """
     reader = resolve_checkpoint(checkpoint)
     model, config = load_model(reader, select_device(0))
+    if problem := reference_problem(config.model):
+        raise ConfigError(f"{reader.directory}: {problem}; it can be trained and evaluated here, but not exported")
     tokenizer_dir = reader.directory.parent.parent / "tokenizer"
     tokenizer = Tokenizer.load(tokenizer_dir)
     if tokenizer.sha256 != reader.manifest.tokenizer_sha256:
@@ -82,20 +98,20 @@ def hugging_face_config(config: RunConfig, tokenizer: Tokenizer) -> dict[str, An
         "mlp_class_name": "GatedMLP",
         "nonlin_name": "SiLU",
         "injection_type": "linear",
-        "init_strategy": "takase",
+        "init_strategy": model.init,
         "init_orthogonal": False,
         "state_init": "like-init",
         "activation_checkpoint_impl": "per-iteration",
         "sampling_scheme": "poisson-lognormal-filling",
         "mean_recurrence": config.depth.mean_recurrence,
         "mean_backprop_depth": config.depth.mean_backprop_depth,
-        **vars(model),
+        **{key: getattr(model, key) for key in SHAPE_KEYS},
         "n_layers": model.n_layers_in_prelude + model.n_layers_in_recurrent_block + model.n_layers_in_coda,
         # Tools that do not know the architecture take the longest context from here.
         "max_position_embeddings": model.block_size,
         # The reference rounds the vocabulary up to this; it must leave ours as it is.
         "padding_multiple": math.gcd(model.vocab_size, 4096),
-        "tie_embeddings": True,
+        "tie_embeddings": model.tie_embeddings,
         "qk_bias": True,
         "bias": False,
         "bos_token_id": tokenizer.begin_id,
@@ -114,7 +130,8 @@ def load_export(directory: Path) -> RecurrentDepthModel:
     try:
         record = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         weights = load_file(directory / WEIGHTS)
-        model = RecurrentDepthModel(ModelConfig(**{name: record[name] for name in ModelConfig.__dataclass_fields__}))
+        shape = {key: record[key] for key in SHAPE_KEYS}
+        model = RecurrentDepthModel(ModelConfig(**shape, tie_embeddings=record["tie_embeddings"]))
         del weights[_ROTARY]
         model.load_state_dict(weights, strict=True)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:

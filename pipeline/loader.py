@@ -18,7 +18,8 @@ from data_prep.manifest import Manifest, part_problem
 from data_prep.shards import RowReader
 from data_prep.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
-from pipeline.mixture import Change, Located, Mixture, Source
+from pipeline.mixture import Change, Mixture, Source
+from pipeline.schedules import samples_before
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -87,11 +88,13 @@ class MicroBatch(NamedTuple):
         samples: (B,) int64 global sample indices.
         input_ids: (B, S) int64.
         labels: (B, S) int64, the following token of each position, `IGNORED` where that is padding or not trained on.
+        documents: (B, S) int64, the number of each position's document within its row; a row may begin in one.
     """
 
     samples: torch.Tensor
     input_ids: torch.Tensor
     labels: torch.Tensor
+    documents: torch.Tensor
 
     @property
     def trained_tokens(self) -> int:
@@ -99,11 +102,36 @@ class MicroBatch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
 
+class Share(NamedTuple):
+    """What one rank takes of a global batch.
+
+    Attributes:
+        consumed: samples of the run before the batch.
+        batch_size: sequences of the batch, over all ranks.
+        micro_batches: numbers of the rank's micro-batches within the batch, in the order in which they are trained on.
+    """
+
+    consumed: int
+    batch_size: int
+    micro_batches: tuple[int, ...]
+
+    def samples(self, micro_batch_size: int) -> npt.NDArray[np.int64]:
+        """Return the global sample indices, in the order of the micro-batches."""
+        numbers = np.array(self.micro_batches, dtype=np.int64)[:, None]
+        return (numbers * micro_batch_size + np.arange(micro_batch_size)).ravel() + self.consumed
+
+
+def contiguous(rank: int, world_size: int, micro_batches: int) -> tuple[int, ...]:
+    """Return the numbers of a rank's micro-batches where `micro_batches` of a global batch are cut in equal slices."""
+    share = micro_batches // world_size
+    return tuple(range(rank * share, (rank + 1) * share))
+
+
 def read_micro_batch(
     reader: RowReader, manifest: Manifest, samples: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
 ) -> MicroBatch:
     """Read `rows` of a dataset, in their order, as the inputs and labels of the global `samples`."""
-    return _micro_batch(samples, *_read(reader, manifest, rows))
+    return _micro_batch(manifest, samples, *_read(reader, manifest, rows))
 
 
 @dataclass(frozen=True)
@@ -146,45 +174,33 @@ class TrainingData:
 
 
 class Loader:
-    """Serves the global batch that follows any number of consumed samples, cut for one rank.
+    """Serves shares of the global batch that follows any number of consumed samples.
 
-    Ranks take contiguous slices of a global batch, so neither the samples of a batch nor their order depend on the
-    world size or the micro-batch split. A thread reads the next `prefetch` batches while one is trained on; to seek
-    is to ask for another number of samples.
+    It knows no ranks and no steps: neither the samples of a batch nor their order depend on them. A thread reads the
+    shares that come next while one is trained on; to seek is to ask for another share.
     """
 
-    def __init__(self, data: TrainingData, *, global_batch_size: int, micro_batch_size: int, prefetch: int = 0) -> None:
+    def __init__(self, data: TrainingData, micro_batch_size: int) -> None:
         self._data = data
         self._readers = [RowReader(*opened) for opened in zip(data.directories, data.manifests, strict=True)]
-        self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
-        self._prefetch = prefetch
         # One thread: it reads in order, and the readers are not made for several.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._ahead: dict[tuple[int, int, int], Future[list[MicroBatch]]] = {}
+        self._ahead: dict[Share, Future[list[MicroBatch]]] = {}
 
-    def micro_batches(self, consumed_samples: int, rank: int, world_size: int) -> list[MicroBatch]:
-        """Return the micro-batches of `rank` in the global batch after `consumed_samples`, in order.
+    def micro_batches(self, share: Share, ahead: Sequence[Share] = ()) -> list[MicroBatch]:
+        """Return the micro-batches of `share`, in its order, and begin to read those of `ahead`.
 
         Raises:
             DataError: a row that is needed now is missing or broken; one that was read ahead is not complained about.
         """
-        wanted = [
-            (consumed_samples + i * self._global_batch_size, rank, world_size)
-            for i in range(self._prefetch + 1)
-            if i == 0 or self._exists(consumed_samples + i * self._global_batch_size)
-        ]
+        wanted = [share, *(later for later in ahead if self._exists(later))]
         for request in self._ahead.keys() - set(wanted):  # after a seek
             self._ahead.pop(request).cancel()
         for request in wanted:
             if request not in self._ahead:
-                self._ahead[request] = self._thread.submit(self._share, *request)
-        return self._ahead.pop(wanted[0]).result()
-
-    def locate(self, consumed_samples: int, rank: int, world_size: int) -> tuple[npt.NDArray[np.int64], Located]:
-        """Return the samples of `rank` in the global batch after `consumed_samples`, and where they come from."""
-        samples = rank_samples(consumed_samples, rank, world_size, self._global_batch_size)
-        return samples, self._data.mixture.locate(samples)
+                self._ahead[request] = self._thread.submit(self._read, request)
+        return self._ahead.pop(share).result()
 
     def close(self) -> None:
         """End the thread and close the shard files."""
@@ -193,21 +209,21 @@ class Loader:
         for reader in self._readers:
             reader.close()
 
-    def _exists(self, consumed_samples: int) -> bool:
+    def _exists(self, share: Share) -> bool:
         length = self._data.mixture.length
-        return length is None or consumed_samples + self._global_batch_size <= length
+        return length is None or share.consumed + share.batch_size <= length
 
-    def _share(self, consumed_samples: int, rank: int, world_size: int) -> list[MicroBatch]:
-        samples, located = self.locate(consumed_samples, rank, world_size)
-        manifest = self._data.manifests[0]
+    def _read(self, share: Share) -> list[MicroBatch]:
+        size = self._micro_batch_size
+        samples = share.samples(size)
+        located, manifest = self._data.mixture.locate(samples), self._data.manifests[0]
         tokens = np.empty((samples.size, manifest.row_tokens), dtype=np.int64)
         trained = np.empty(tokens.shape, dtype=np.bool_)
         for source in np.unique(located.sources):
             here = located.sources == source
             tokens[here], trained[here] = _read(self._readers[source], self._data.manifests[source], located.rows[here])
-        size = self._micro_batch_size
         pieces = [slice(start, start + size) for start in range(0, samples.size, size)]
-        return [_micro_batch(samples[piece], tokens[piece], trained[piece]) for piece in pieces]
+        return [_micro_batch(manifest, samples[piece], tokens[piece], trained[piece]) for piece in pieces]
 
 
 def rank_samples(consumed_samples: int, rank: int, world_size: int, global_batch_size: int) -> npt.NDArray[np.int64]:
@@ -268,7 +284,7 @@ def open_training_data(config: RunConfig) -> TrainingData:
                 f" mixture of {manifests[0].sequence_length}; rebuild one of them"
             )
     mixture = open_mixture(data, config.seed, manifests)
-    needed = config.train.steps * config.train.global_batch_size
+    needed = samples_before(config.schedule, config.train.global_batch_size, config.train.steps)
     if mixture.length is not None and mixture.length < needed:
         raise ConfigError(
             f"data.train: with their max_epochs the datasets give {mixture.length} samples, but train.steps ="
@@ -312,7 +328,9 @@ def _pad_id(manifest: Manifest) -> int:
 
 
 def _micro_batch(
-    samples: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]
+    manifest: Manifest, samples: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]
 ) -> MicroBatch:
     labels = np.where(trained[:, 1:], tokens[:, 1:], IGNORED)
-    return MicroBatch(torch.from_numpy(samples), torch.from_numpy(tokens[:, :-1]), torch.from_numpy(labels))
+    begin_id = next(iter(manifest.special_ids.values()))  # no text encodes to it, so it stands only where one begins
+    documents = np.cumsum(tokens[:, :-1] == begin_id, axis=1)
+    return MicroBatch(*map(torch.from_numpy, (samples, tokens[:, :-1], labels, documents)))

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from data_prep.world import World
 from kernels.attention import BACKENDS
 from monitoring.runlog import Record, RunLog
 from pipeline.accelerator import synchronize
+from pipeline.agenda import Agenda, Step
 from pipeline.attempt import attempt, prepare
 from pipeline.checkpoint import (
     WEIGHT,
@@ -28,7 +30,7 @@ from pipeline.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.depth import draw_depth
+from pipeline.depth import Depth
 from pipeline.engine import (
     allocate_optimizer_state,
     build_engine,
@@ -36,17 +38,22 @@ from pipeline.engine import (
     optimizer_step,
     owned_fragments,
     publish_weights,
+    set_accumulation,
     set_learning_rate,
     start_process_group,
     stop_process_group,
 )
 from pipeline.errors import ConfigError, ExitCode
 from pipeline.loader import Loader, MicroBatch, TrainingData
-from pipeline.model import RecurrentDepthModel, Trace, reference_name, stream_key
-from pipeline.optim import build_optimizer, learning_rate
+from pipeline.model import RecurrentDepthModel, reference_name, stream_key
+from pipeline.objective import goldfish_labels
+from pipeline.optim import build_optimizer
+from pipeline.pretrained import load_pretrained
+from pipeline.recurrence import Trace
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.schedules import ScheduleConfig
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -67,6 +74,8 @@ class TrainConfig:
     """Attention backend: sdpa, or flash where flash-attn is installed."""
     checkpoint_iterations: bool = False
     """Recompute each iteration of the core in the backward pass instead of keeping its activations."""
+    document_mask: bool = False
+    """Hide the documents of a row from each other; needs attention sdpa."""
     probe_every: int = 10
     """Steps between measurements of the recurrent state on one micro-batch."""
 
@@ -81,20 +90,27 @@ class TrainConfig:
             raise ConfigError(f"train.attention: {self.attention!r} is not one of {', '.join(BACKENDS)}")
         if self.attention == "flash" and self.precision == "fp32":
             raise ConfigError("train.attention: flash needs train.precision=bf16; use sdpa for fp32")
+        if self.attention == "flash" and self.document_mask:
+            raise ConfigError("train.document_mask: flash cannot hide documents from each other; use attention=sdpa")
 
-    def check_world_size(self, world_size: int) -> None:
-        """Refuse a global batch that cannot be cut into equal micro-batches.
+    def check_world_size(self, world_size: int, schedule: ScheduleConfig) -> None:
+        """Refuse a global batch, at any point of its ramp, that cannot be cut into equal micro-batches.
 
         Raises:
-            ConfigError: with the nearest global batch that can.
+            ConfigError: with the nearest number of sequences that can.
         """
         quantum = world_size * self.micro_batch_size
-        if self.global_batch_size % quantum:
-            nearest = max(1, round(self.global_batch_size / quantum)) * quantum
-            raise ConfigError(
-                f"train.global_batch_size: {self.global_batch_size} is not a multiple of {world_size} ranks x"
-                f" train.micro_batch_size {self.micro_batch_size}; nearest valid value: {nearest}"
-            )
+        sizes = {"train.global_batch_size": self.global_batch_size}
+        if schedule.batch_start is not None:
+            sizes["schedule.batch_start"] = schedule.batch_start
+            sizes["schedule.batch_increment"] = schedule.batch_increment
+        for key, size in sizes.items():
+            if size % quantum:
+                nearest = max(1, round(size / quantum)) * quantum
+                raise ConfigError(
+                    f"{key}: {size} is not a multiple of {world_size} ranks x train.micro_batch_size"
+                    f" {self.micro_batch_size}; nearest valid value: {nearest}"
+                )
 
 
 def train(
@@ -121,11 +137,10 @@ def train(
             return ExitCode.FINISHED, f"finished before, at step {saved.step}; nothing to do"
         device = start_process_group(world)
         try:
-            run = Training(config, world, start.data, device)
+            run = Training(config, world, start.data, device, fresh=start.reader is None)
             with closing(run), attempt(config, world, device, start) as log:
-                if start.reader is not None:
-                    run.restore(start.reader)
-                code, reason = run.loop(signals, log, on_step)
+                run.begin(start.reader, log)
+                code, reason = run.loop(signals, on_step)
                 if log is not None:
                     log.outcome(code, reason, step=run.progress.step)
         finally:
@@ -146,20 +161,24 @@ class Training:
         world: World,
         data: TrainingData,
         device: torch.device,
+        *,
+        fresh: bool,
     ) -> None:
         self.progress = Progress()
         self._config, self._world, self._data, self._device = config, world, data, device
         self._log: RunLog | None = None
         self._run_dir = Path(config.run_dir)
-        self._loader = Loader(
-            data,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            prefetch=config.data.prefetch,
-        )
+        self._loader = Loader(data, config.train.micro_batch_size)
+        self._agenda = Agenda(config, world.rank, world.size)
         with device:
-            model = RecurrentDepthModel(config.model, config.train.attention, config.train.checkpoint_iterations)
+            model = RecurrentDepthModel(
+                config.model, config.train.attention, config.train.checkpoint_iterations, config.objective
+            )
         model.init_weights(config.seed, config.depth.mean_recurrence)
+        self._left_fresh: list[str] = []
+        if fresh and config.init_from.path is not None:
+            with world.guard("init_from"):
+                self._left_fresh = load_pretrained(config, model)
         self._shapes = {reference_name(name): list(value.shape) for name, value in model.named_parameters()}
         self._engine = build_engine(
             model,
@@ -171,8 +190,18 @@ class Training:
             micro_batch_size=config.train.micro_batch_size,
         )
 
-    def restore(self, reader: CheckpointReader) -> None:
-        """Take weights, optimizer state and counters from a checkpoint of any world size and ZeRO stage."""
+    def begin(self, reader: CheckpointReader | None, log: RunLog | None) -> None:
+        """Log to `log`, if any, and take weights, optimizer state and counters from a checkpoint, if any.
+
+        The checkpoint may be of any world size and ZeRO stage.
+        """
+        self._log = log
+        if reader is not None:
+            self._restore(reader)
+        elif self._config.init_from.path is not None:
+            self._event("init_from", path=self._config.init_from.path, not_in_it=self._left_fresh)
+
+    def _restore(self, reader: CheckpointReader) -> None:
         manifest = reader.manifest
         with self._world.guard("checkpoint load"), torch.no_grad():
             if manifest.optimizer_state:
@@ -189,14 +218,13 @@ class Training:
         """End what reads ahead."""
         self._loader.close()
 
-    def loop(self, signals: StopSignals, log: RunLog | None, on_step: Callable[[Record], None]) -> tuple[ExitCode, str]:
+    def loop(self, signals: StopSignals, on_step: Callable[[Record], None]) -> tuple[ExitCode, str]:
         """Train to the last step, a stop signal or a non-finite loss; return how it ended and why."""
         config = self._config
-        self._log = log
         while self.progress.step < config.train.steps:
             record, stop_requests = self._step(signals.received)
-            if log is not None:
-                log.step(record)
+            if self._log is not None:
+                self._log.step(record)
                 on_step(record)
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 return ExitCode.DIVERGED, self._diverged(record)
@@ -210,28 +238,29 @@ class Training:
 
     def _step(self, stop: bool) -> tuple[Record, int]:
         """Do one optimizer step; return its record and the number of ranks that were asked to stop."""
-        config, step, started = self._config, self.progress.step, time.perf_counter()
-        depth = draw_depth(config.depth, config.seed, step)
-        rate = learning_rate(config.optimizer, step, config.train.steps)
-        set_learning_rate(self._engine, rate)
-        trace = Trace() if self._log is not None and (step + 1) % config.train.probe_every == 0 else None
+        config, number, started = self._config, self.progress.step, time.perf_counter()
+        upcoming = self._agenda.upcoming(number, self.progress.samples, config.data.prefetch)
+        step = upcoming[0]
+        set_learning_rate(self._engine, step.learning_rate)
+        trace = Trace() if self._log is not None and (number + 1) % config.train.probe_every == 0 else None
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens, gradient_norm = 0, math.nan
-        batches = self._loader.micro_batches(self.progress.samples, self._world.rank, self._world.size)
+        batches = self._batches(upcoming)
+        set_accumulation(self._engine, len(batches))
         mean_tokens = self._mean_trained_tokens(batches)
-        for index, batch in enumerate(batches):
-            loss = self._forward(batch, depth, trace if index == 0 else None)
+        for index, (batch, depth) in enumerate(zip(batches, step.depths, strict=True)):
+            objective = self._forward(batch, depth, trace if index == 0 else None)
             # Every token of the global batch weighs the same, however padding and masks fall on micro-batches.
-            self._engine.backward(loss * (batch.trained_tokens / mean_tokens))
+            self._engine.backward(objective * (batch.trained_tokens / mean_tokens))
+            loss_sum += self._engine.module.cross_entropy.double() * batch.trained_tokens
             gradient_norm = optimizer_step(self._engine, config.optimizer.gradient_clipping)
-            loss_sum += loss.detach().double() * batch.trained_tokens
             tokens += batch.trained_tokens
         synchronize(self._device)
         total_loss, total_tokens, stop_requests = self._world.sum(np.array([float(loss_sum), tokens, stop]))
         seconds = time.perf_counter() - started
         self.progress = Progress(
-            step=step + 1,
-            samples=self.progress.samples + config.train.global_batch_size,
+            step=number + 1,
+            samples=self.progress.samples + step.share.batch_size,
             tokens=self.progress.tokens + int(total_tokens),
         )
         record: Record = {
@@ -239,13 +268,20 @@ class Training:
             "time": time.time(),
             "loss": total_loss / total_tokens,
             "grad_norm": gradient_norm,
-            "lr": rate,
-            "num_steps": list(depth),
+            "lr": step.learning_rate,
+            **_depth_record(step),
             "seconds": seconds,
             "tokens_per_second": total_tokens / seconds,
             **(trace.to_lists() if trace is not None else {}),
         }
         return record, int(stop_requests)
+
+    def _batches(self, upcoming: list[Step]) -> list[MicroBatch]:
+        """Return the micro-batches of the first of these steps, while those of the others are read."""
+        share, *ahead = (step.share for step in upcoming)
+        batches = self._loader.micro_batches(share, ahead)
+        objective = self._config.objective
+        return [batch._replace(labels=goldfish_labels(batch.labels, batch.input_ids, objective)) for batch in batches]
 
     def _diverged(self, record: Record) -> str:
         reason = f"loss {record['loss']} and gradient norm {record['grad_norm']} at step {record['step']}"
@@ -255,19 +291,19 @@ class Training:
         advice = f"; if that fails at once, move {saved[-1].name} away first" if saved else ""
         return f"{reason}; start again with a lower optimizer.learning_rate{advice}"
 
-    def _forward(self, batch: MicroBatch, depth: tuple[int, int], trace: Trace | None) -> torch.Tensor:
+    def _forward(self, batch: MicroBatch, depth: Depth | list[Depth], trace: Trace | None) -> torch.Tensor:
         keys = torch.tensor([stream_key(self._config.seed, "state", int(sample)) for sample in batch.samples])
         state = self._engine.module.initial_state(keys.to(self._device), batch.input_ids.shape[1])
-        input_ids = batch.input_ids.to(self._device)
-        # Nothing to train on: the loss will weigh nothing, but a mean over no label would be nan.
-        labels = batch.labels.to(self._device) if batch.trained_tokens else input_ids
-        loss: torch.Tensor = self._engine(input_ids, state, depth, labels, trace)
-        return loss
+        input_ids, labels = batch.input_ids.to(self._device), batch.labels.to(self._device)
+        documents = batch.documents.to(self._device) if self._config.train.document_mask else None
+        objective: torch.Tensor = self._engine(input_ids, state, depth, labels, trace, documents)
+        return objective
 
     def _mean_trained_tokens(self, batches: list[MicroBatch]) -> float:
         """Return the mean number of trained tokens of a micro-batch, over all ranks."""
         counts = np.array([sum(batch.trained_tokens for batch in batches), len(batches)], dtype=np.float64)
-        tokens, number = counts if self._data.trains_on_all else self._world.sum(counts)
+        known = self._data.trains_on_all and self._config.objective.goldfish == 0
+        tokens, number = counts if known else self._world.sum(counts)
         return float(max(tokens, 1.0) / number)
 
     def _save(self) -> None:
@@ -290,6 +326,14 @@ class Training:
     def _event(self, kind: str, **fields: Any) -> None:
         if self._log is not None:
             self._log.event(kind, **fields)
+
+
+def _depth_record(step: Step) -> Record:
+    """Return (n, k) of the step; of several depths the rounded means, and how often each r was drawn."""
+    mean = np.rint(np.mean(step.drawn, axis=0)).astype(int).tolist()
+    counts = Counter(sum(depth) for depth in step.drawn)
+    several = {"depths": {str(r): counts[r] for r in sorted(counts)}} if len(step.drawn) > 1 else {}
+    return {"num_steps": mean, **several}
 
 
 class StopSignals:

@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+import rookery.checkpoints
 import rookery.data
+import rookery.depth
 import rookery.samples
 from data_prep.world import World
 from pipeline.errors import ExitCode
@@ -24,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(rookery.data.app, name="data")
+app.add_typer(rookery.checkpoints.app, name="checkpoints")
+app.command()(rookery.depth.depth)
 rookery.data.app.command()(rookery.samples.order)
 rookery.data.app.command()(rookery.samples.show)
 

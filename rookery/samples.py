@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from pipeline.loader import TrainingData
 
 WHERE_HELP = "A run directory, a configuration (path or shipped name), or a dataset directory."
@@ -90,28 +91,34 @@ class _Order:
     seed: int
     global_batch_size: int
     tokenizer: Path | None
+    config: RunConfig | None = None
 
     def facts(self) -> dict[str, Any]:
         return {"seed": self.seed, "global_batch_size": self.global_batch_size}
 
     def samples(self, step: int, rank: int, world: int) -> list[dict[str, Any]]:
         from data_prep.errors import DataError
+        from pipeline.agenda import Agenda
         from pipeline.loader import rank_samples
+        from pipeline.schedules import batch_size, samples_before
 
         if world < 1 or not 0 <= rank < world or step < 0:
             raise DataError(f"--step {step} --rank {rank} --world {world}: need a step >= 0 and a rank below --world")
         if (step + 1) * self.global_batch_size >= 2**63:
             raise DataError(f"--step {step}: beyond any run; the number of samples needs more than 63 bits")
-        if self.global_batch_size % world:
-            raise DataError(
-                f"--world {world}: {world} ranks do not divide the global batch of {self.global_batch_size}"
-            )
-        consumed, length = step * self.global_batch_size, self.data.mixture.length
-        if length is not None and consumed + self.global_batch_size > length:
-            raise DataError(
-                f"--step {step}: the datasets' max_epochs end after step {length // self.global_batch_size - 1}"
-            )
-        numbers = rank_samples(consumed, rank, world, self.global_batch_size)
+        config, final, length = self.config, self.global_batch_size, self.data.mixture.length
+        size = final if config is None else batch_size(config.schedule, final, step)
+        consumed = step * final if config is None else samples_before(config.schedule, final, step)
+        if size % world:
+            raise DataError(f"--world {world}: {world} ranks do not divide the global batch of {size}")
+        if length is not None and consumed + size > length:
+            raise DataError(f"--step {step}: the datasets' max_epochs end after {length} samples")
+        if config is not None and config.depth.scope == "balanced":
+            config.train.check_world_size(world, config.schedule)
+            share = Agenda(config, rank, world).at(step, consumed).share
+            numbers = share.samples(config.train.micro_batch_size)
+        else:
+            numbers = rank_samples(consumed, rank, world, size)
         located = self.data.mixture.locate(numbers)
         return [
             self._record(source, row, sample=sample, epoch=ordinal // self.data.manifests[source].rows)
@@ -187,4 +194,4 @@ def _open(
     directories = tuple(Path(source.path) for source in config.data.train.values())
     manifests = tuple(map(Manifest.read, directories))
     data = TrainingData(directories, manifests, open_mixture(config.data, config.seed, manifests))
-    return _Order(data, config.seed, config.train.global_batch_size, tokenizer or Path(config.data.tokenizer))
+    return _Order(data, config.seed, config.train.global_batch_size, tokenizer or Path(config.data.tokenizer), config)

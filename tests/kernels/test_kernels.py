@@ -61,6 +61,16 @@ def test_attention_is_causal_softmax() -> None:
     torch.testing.assert_close(causal_attention(query, key, value), expected)
 
 
+def test_a_mask_takes_the_place_of_causality() -> None:
+    query, key, value = (torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    causal = torch.ones(5, 5).tril().bool()
+    torch.testing.assert_close(
+        causal_attention(query, key, value, mask=causal.expand(2, 1, 5, 5)), causal_attention(query, key, value)
+    )
+    alone = torch.eye(5).bool().expand(2, 1, 5, 5)
+    torch.testing.assert_close(causal_attention(query, key, value, mask=alone), value)
+
+
 def test_unusable_backends_say_why() -> None:
     assert backend_problem("sdpa") is None
     assert "choose one of" in str(backend_problem("magic"))
@@ -81,9 +91,13 @@ def test_rotary_keeps_norms_and_depends_on_distance_alone() -> None:
 
 def test_rms_norm_casts_before_the_weight() -> None:
     norm = RMSNorm(64, 1e-6)
+    assert norm.weight is not None
     norm.weight.data = torch.rand(64, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)) * 100
     torch.testing.assert_close(norm(x), x / x.pow(2).mean(-1, keepdim=True).sqrt() * norm.weight)
+    bare = RMSNorm(64, 1e-6, learned=False)
+    assert not list(bare.parameters())
+    torch.testing.assert_close(bare(x) * norm.weight, norm(x))
     low = norm.bfloat16()(x.bfloat16())
     wide = x.bfloat16().float()
     expected = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16() * norm.weight

@@ -266,3 +266,13 @@ def test_the_newest_attempt_of_a_run_may_still_be_running(tmp_path: Path) -> Non
     (view,) = read_runs([run_dir])
     endings = [attempt.ending for attempt in view.attempts]
     assert endings == ["killed", "finished: reached step 20", "still running, or killed"]
+
+
+def test_a_step_of_many_depths_counts_each_of_them(tmp_path: Path) -> None:
+    log = RunLog.open(tmp_path / "run")
+    log.step(step_record(1) | {"num_steps": [4, 4], "depths": {"3": 2, "9": 6}})
+    log.step(step_record(2) | {"num_steps": [5, 4]})
+    log.close()
+    figures = _figures(_write([tmp_path / "run"], tmp_path / "report.html"))
+    (bars,) = figures["depth-histogram"]["traces"]
+    assert dict(zip(bars["x"], [about[0] for about in bars["customdata"]], strict=True)) == {3: 2, 9: 7}

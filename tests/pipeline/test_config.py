@@ -63,6 +63,16 @@ def test_the_run_directory_follows_the_name_and_paths_mean_the_same_from_anywher
         (["seed=9223372036854775808"], r"seed: "),
         (["train.attention=flash", "train.precision=fp32"], r"train\.attention: flash needs"),
         (["schema_version=9"], r"schema_version: 9"),
+        (["depth.scope=per_sequence", "train.micro_batch_size=1"], r"depth\.scope: per_sequence needs several"),
+        (
+            ["depth.recurrence_ramp={kind: linear, start: 3, steps: 5}"],
+            r"depth\.mean_backprop_depth: 4 iter.* at most 3",
+        ),
+        (["depth.recurrence_ramp={knd: linear}"], r"depth\.recurrence_ramp\.knd: unknown key \(did you mean"),
+        (["depth.backprop_ramp={kind: piecewise, start: 1, points: [{step: 9, value: 3}]}"], r"not at the final 4"),
+        (["schedule={batch_start: 3, batch_increment: 4, batch_ramp_steps: 9}"], r"schedule\.batch_increment: from"),
+        (["train.document_mask=true", "train.attention=flash", "train.precision=bf16"], r"train\.document_mask: flash"),
+        (["objective.jacobian_penalty=1", "train.attention=flash", "train.precision=bf16"], r"jacobian_penalty: needs"),
         (["run_dir=${nowhere}"], r"run_dir: .*nowhere"),
     ],
 )
@@ -88,6 +98,14 @@ def test_bad_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
         load_config(str(path))
 
 
+def test_every_batch_of_a_ramp_must_fit_the_ranks() -> None:
+    ramp = ["schedule={batch_start: 4, batch_increment: 4, batch_ramp_steps: 9}", "train.micro_batch_size=2"]
+    config = load_config("smoke", ramp)
+    config.train.check_world_size(2, config.schedule)
+    with pytest.raises(ConfigError, match=r"schedule\.batch_start: 4 is not a multiple of 4 ranks .* value: 8"):
+        config.train.check_world_size(4, config.schedule)
+
+
 def test_an_unknown_name_lists_what_ships() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'smoke'\?\); shipped: .*huginn-3\.5b"):
         load_config("smok")
@@ -101,8 +119,7 @@ def test_every_key_is_documented() -> None:
     def keys(schema: type, prefix: str = "") -> list[str]:
         found: list[str] = []
         for item in dataclasses.fields(schema):
-            kind = RunConfig.__dataclass_fields__.get(item.name)
-            nested = _section(schema, item.name) if kind is not None else None
+            nested = _section(schema, item.name)
             found += keys(nested, f"{prefix}{item.name}.") if nested else [prefix + item.name]
         return found
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import DataError
 from data_prep.shards import RowReader, part_name
-from pipeline.loader import IGNORED, Loader, TrainingData, read_micro_batch
+from pipeline.loader import IGNORED, Loader, MicroBatch, Share, TrainingData, contiguous, read_micro_batch
 from pipeline.mixture import Change, Mixture, Source
 from tests.pipeline.small_data import PAD_ID, numbered_rows, write_dataset
 
@@ -33,8 +33,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
     return TrainingData((root / "a", root / "b"), (first, second), mixture)
 
 
-def loader_of(data: TrainingData, micro_batch_size: int = BATCH, prefetch: int = 0) -> Loader:
-    return Loader(data, global_batch_size=BATCH, micro_batch_size=micro_batch_size, prefetch=prefetch)
+class Ranks:
+    """A loader asked as the ranks of a run ask it, with contiguous shares."""
+
+    def __init__(self, data: TrainingData, micro_batch_size: int, prefetch: int) -> None:
+        self._loader, self._number, self._prefetch = Loader(data, micro_batch_size), BATCH // micro_batch_size, prefetch
+        self.close = self._loader.close
+
+    def micro_batches(self, consumed: int, rank: int, world_size: int) -> list[MicroBatch]:
+        numbers = contiguous(rank, world_size, self._number)
+        share, *ahead = (Share(consumed + i * BATCH, BATCH, numbers) for i in range(self._prefetch + 1))
+        return self._loader.micro_batches(share, ahead)
+
+
+def loader_of(data: TrainingData, micro_batch_size: int = BATCH, prefetch: int = 0) -> Ranks:
+    return Ranks(data, micro_batch_size, prefetch)
 
 
 def row_numbers(tokens: torch.Tensor) -> list[int]:
@@ -71,6 +84,28 @@ def test_rows_come_from_where_the_mixture_says(data: TrainingData) -> None:
         assert row_numbers(batch.input_ids) == (located.rows + 1000 * located.sources).tolist()
         assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
     loader.close()
+
+
+def test_a_share_is_any_micro_batches_of_a_batch_of_any_size(data: TrainingData) -> None:
+    loader = Loader(data, 3)
+    whole = loader.micro_batches(Share(30, 12, (0, 1, 2, 3)), [Share(42, 24, (5, 1))])
+    for consumed, size, numbers in ((30, 12, (3, 0)), (42, 24, (5, 1))):
+        batches = loader.micro_batches(Share(consumed, size, numbers))
+        expected = [[consumed + 3 * number + i for i in range(3)] for number in numbers]
+        assert [batch.samples.tolist() for batch in batches] == expected
+    assert torch.equal(loader.micro_batches(Share(30, 12, (3,)))[0].input_ids, whole[3].input_ids)
+    loader.close()
+
+
+def test_documents_are_numbered_by_their_begin_tokens(tmp_path: Path) -> None:
+    tokens = numbered_rows(2)
+    tokens[0, [4, 9]] = 0  # the begin token
+    tokens[1, 0] = 0
+    manifest = write_dataset(tmp_path / "data", tokens)
+    reader = RowReader(tmp_path / "data", manifest)
+    batch = read_micro_batch(reader, manifest, np.arange(2), np.arange(2))
+    assert batch.documents.tolist() == [[0] * 4 + [1] * 5 + [2] * 7, [1] * 16]
+    reader.close()
 
 
 def test_an_epoch_serves_every_row_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from monitoring.runlog import read_attempt, read_events, read_metrics, read_outcome, replayed
 from pipeline.checkpoint import CheckpointReader, list_checkpoints, resolve_checkpoint
+from pipeline.export import export_checkpoint
 from slurm.local import rank_command, rank_environment
 from tests.ranks import rookery
 
@@ -139,15 +140,15 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four_in_another_stage(
 ) -> None:
     for steps, ranks, stage in ((4, 2, 1), (8, 2, 0), (10, None, 0), (12, 4, 2)):
         # The schedule is a function of the whole run's length: hold it still while the run grows in parts.
-        done = train(workdir, f"train.steps={steps}", "optimizer.cooldown_steps=0", f"zero.stage={stage}", ranks=ranks)
+        done = train(workdir, f"train.steps={steps}", "schedule.cooldown_steps=0", f"zero.stage={stage}", ranks=ranks)
         assert done.returncode == 0, done.stderr
-    whole = train(workdir, "run_dir=whole", "optimizer.cooldown_steps=0")
+    whole = train(workdir, "run_dir=whole", "schedule.cooldown_steps=0")
     assert whole.returncode == 0, whole.stderr
     assert losses(workdir / "run") == pytest.approx(losses(workdir / "whole"), rel=1e-5)
 
 
 def test_bf16_trains_and_resumes_exactly(workdir: Path) -> None:
-    held = ("train.precision=bf16", "optimizer.cooldown_steps=0")  # no cooldown: a schedule that both lengths share
+    held = ("train.precision=bf16", "schedule.cooldown_steps=0")  # no cooldown: a schedule that both lengths share
     assert train(workdir, *held, "run_dir=whole").returncode == 0
     assert losses(workdir / "whole")[-1] < losses(workdir / "whole")[0]
     for steps in (4, 12):
@@ -157,12 +158,12 @@ def test_bf16_trains_and_resumes_exactly(workdir: Path) -> None:
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(uninterrupted: Path, workdir: Path) -> None:
-    assert train(workdir, "train.steps=8", "optimizer.cooldown_steps=0", ranks=None).returncode == 0
+    assert train(workdir, "train.steps=8", "schedule.cooldown_steps=0", ranks=None).returncode == 0
     shard = workdir / "run/checkpoints/step-00000008/shard-00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    assert train(workdir, "train.steps=9", "optimizer.cooldown_steps=0", ranks=None).returncode == 0
+    assert train(workdir, "train.steps=9", "schedule.cooldown_steps=0", ranks=None).returncode == 0
     start = [event for event in read_events(workdir / "run") if event["kind"] == "start"][-1]
     assert start["step"] == 4
     assert "shard-00000.safetensors" in start["passed_over"]["step-00000008"]
@@ -240,8 +241,22 @@ def test_a_broken_manifest_is_refused(workdir: Path, corpus: Path) -> None:
 def test_resuming_with_another_shape_seed_or_dataset_is_refused(uninterrupted: Path) -> None:
     root = uninterrupted.parent
     before = sorted(path for path in uninterrupted.rglob("*"))
-    for override in ("model.n_embd=64", "seed=7", "data.train=data/validation"):
+    for override in ("model.n_embd=64", "seed=7", "optimizer.kind=muon", "data.train=data/validation"):
         done = train(root, "train.steps=20", override)
         assert done.returncode == 12, override
         assert override.split("=")[0] in done.stderr
     assert sorted(path for path in uninterrupted.rglob("*")) == before
+
+
+def test_a_new_run_begins_from_the_weights_of_an_export(uninterrupted: Path, workdir: Path) -> None:
+    export_checkpoint(uninterrupted, workdir / "export")
+    overrides = ("run_dir=tuned", "schedule.cooldown_steps=0", "init_from.path=export")
+    assert (done := train(workdir, *overrides, "train.steps=4")).returncode == 0, done.stderr
+    assert losses(workdir / "tuned")[0] < losses(uninterrupted)[0] - 0.1
+    assert [event["not_in_it"] for event in read_events(workdir / "tuned") if event["kind"] == "init_from"] == [[]]
+    shutil.rmtree(workdir / "export")  # a run that resumes has its own weights
+    assert (done := train(workdir, *overrides, "train.steps=5", ranks=None)).returncode == 0, done.stderr
+    refused = train(workdir, "run_dir=other", "init_from.path=export")
+    assert refused.returncode == 12
+    assert "init_from.path: " in refused.stderr
+    assert not (workdir / "other").exists()

@@ -1,0 +1,172 @@
+"""The core, iterated: n times without gradient, then k times with it, for all sequences alike or each its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.blocks import Positions, build_blocks
+from pipeline.injection import build_injection
+
+if TYPE_CHECKING:
+    from pipeline.model import ModelConfig
+
+Steps = tuple[int, int] | Sequence[tuple[int, int]]
+"""Iterations (without, with) gradient: one pair for the whole batch, or one a sequence."""
+
+
+def steps_of_each(num_steps: Steps, sequences: int) -> list[tuple[int, int]]:
+    """Return (n, k) of every sequence of a batch."""
+    if isinstance(num_steps[0], int):
+        return [cast(tuple[int, int], num_steps)] * sequences
+    assert len(num_steps) == sequences
+    return list(cast(Sequence[tuple[int, int]], num_steps))
+
+
+@dataclass
+class Trace:
+    """What the loop looked like from inside; of sequences of unequal depth it follows the deepest.
+
+    Attributes:
+        keep: iterations (from 1) whose state is kept.
+        states: iteration -> state (B, S, H).
+        state_rms: sqrt(mean(s_i^2)) an iteration, float32 scalars on the device.
+        relative_residual: token mean of |s_i - s_(i-1)| / |s_i| an iteration, likewise.
+    """
+
+    keep: frozenset[int] = frozenset()
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    state_rms: list[torch.Tensor] = field(default_factory=list)
+    relative_residual: list[torch.Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def record(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Note the next iteration, which took the state (B, S, H) from `before` to `after`."""
+        iteration = len(self.state_rms) + 1
+        if iteration in self.keep:
+            self.states[iteration] = after
+        before, after = before.float(), after.float()
+        self.state_rms.append(after.pow(2).mean().sqrt())
+        norm = torch.linalg.vector_norm(after, dim=-1).clamp_min(1e-12)
+        self.relative_residual.append((torch.linalg.vector_norm(after - before, dim=-1) / norm).mean())
+
+    def to_lists(self) -> dict[str, list[float]]:
+        """Return the two series as plain numbers under the names of the run log; waits for the device."""
+        return {
+            "state_rms": [float(value) for value in self.state_rms],
+            "relative_residual": [float(value) for value in self.relative_residual],
+        }
+
+
+class Recurrence(nn.Module):
+    """The core: s_i = blocks(injection(s_(i-1), e)), iterated n times without gradient and then k times with it."""
+
+    def __init__(self, config: ModelConfig, attention_backend: str, checkpoint_iterations: bool) -> None:
+        super().__init__()
+        self.checkpoint_iterations = checkpoint_iterations
+        self.adapter = build_injection(config.injection, config.n_embd)
+        self.core_block = build_blocks(config.n_layers_in_recurrent_block, config, attention_backend)
+
+    def iterate(self, state: torch.Tensor, injected: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Apply the core once to state (B, S, H); `injected` is what the injection prepared of the prelude's output."""
+        state = self.adapter(state, injected)
+        for block in self.core_block:
+            state = block(state, positions)
+        return state
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        embedded: torch.Tensor,
+        positions: Positions,
+        num_steps: Steps,
+        trace: Trace | None = None,
+        direction: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the state (B, S, H) after n + k iterations, and the squared gain there along `direction` (B,), or 0.
+
+        Gradients reach the last k. Sequences of their own depths are sorted by it and iterated as a prefix that
+        shrinks, so that nothing is computed in vain: n and k of a deeper sequence must both be at least those of a
+        shallower one. The gain is a matter of this module because ZeRO stage 3 has its weights together only here.
+        """
+        steps = steps_of_each(num_steps, len(state))
+        order = sorted(range(len(steps)), key=lambda sequence: -sum(steps[sequence]))
+        if order == sorted(order):
+            state = self._deepest_first(state, embedded, positions, steps, trace)
+        else:
+            rows = torch.tensor(order, device=state.device)
+            sorted_steps = [steps[sequence] for sequence in order]
+            state = self._deepest_first(state[rows], embedded[rows], positions.of(rows), sorted_steps, trace)
+            state = state[rows.argsort()]
+        if direction is None:
+            return state, state.new_zeros(())
+        return state, self.squared_gain(state, embedded, positions, direction)
+
+    def _deepest_first(
+        self,
+        state: torch.Tensor,
+        embedded: torch.Tensor,
+        positions: Positions,
+        steps: list[tuple[int, int]],
+        trace: Trace | None,
+    ) -> torch.Tensor:
+        injected = self.adapter.prepare(embedded)
+        deepest = steps.count(steps[0])
+        without, with_gradient = (list(counts) for counts in zip(*steps, strict=True))
+        with torch.no_grad():
+            state = self._iterate_each(state, injected, positions, without, deepest, trace)
+        # Weights that autocast keeps from iterations without gradient would cut it off in the others (torch < 2.10).
+        torch.clear_autocast_cache()
+        return self._iterate_each(state, injected, positions, with_gradient, deepest, trace)
+
+    def _iterate_each(
+        self,
+        state: torch.Tensor,
+        injected: torch.Tensor,
+        positions: Positions,
+        counts: list[int],
+        deepest: int,
+        trace: Trace | None,
+    ) -> torch.Tensor:
+        """Iterate sequence b `counts[b]` times, which descend; trace the first `deepest` sequences."""
+        assert counts == sorted(counts, reverse=True)
+        finished: list[torch.Tensor] = []
+        for iteration in range(1, counts[0] + 1):
+            active = sum(count >= iteration for count in counts)
+            if active < len(state):
+                finished.append(state[active:])
+                state, injected, positions = state[:active], injected[:active], positions.of(slice(active))
+            before = state
+            if self.checkpoint_iterations and torch.is_grad_enabled():
+                state = checkpoint(
+                    self.iterate, state, injected, positions, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                state = self.iterate(state, injected, positions)
+            if trace is not None:
+                trace.record(before[:deepest], state[:deepest])
+        return torch.cat([state, *reversed(finished)]) if finished else state
+
+    def squared_gain(
+        self, state: torch.Tensor, embedded: torch.Tensor, positions: Positions, direction: torch.Tensor
+    ) -> torch.Tensor:
+        """Return |v^T J|^2 of every sequence (B,), float32, J the Jacobian of one iteration at `state`.
+
+        v is `direction` (B, S, H) after one step of power iteration, v^T J normalised. Vector-Jacobian products
+        alone: fused attention has no forward mode, and no second derivative either, so it is computed unfused here.
+        The state is taken as given; the gradient of the result reaches the core's parameters and `embedded`.
+        """
+        state = state.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            image = self.iterate(state, self.adapter.prepare(embedded), positions)
+            (pulled,) = torch.autograd.grad(image, state, direction.type_as(image), retain_graph=True)
+            norm = torch.linalg.vector_norm(pulled.float(), dim=(1, 2), keepdim=True).clamp_min(1e-12)
+            direction = (pulled.float() / norm).type_as(image)
+            (pulled,) = torch.autograd.grad(image, state, direction, create_graph=True)
+        return pulled.float().square().sum((1, 2))
