@@ -6,6 +6,7 @@ small control messages pass through it; tensors travel on the collective library
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,9 @@ class World:
             return cls()
         from mpi4py import MPI
 
+        # mpi4py finalizes at the very end of the interpreter. With threads of others about (zarr's), a process has been
+        # seen to end without it, one time in ten, upon which the launcher kills the ranks that still work.
+        atexit.register(MPI.Finalize)
         world = cls(MPI.COMM_WORLD)
         if world.size != announced:
             raise LaunchError(
