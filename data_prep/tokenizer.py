@@ -250,6 +250,16 @@ class Tokenizer:
         return self._model.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
 
 
+def token_ids(directory: Path) -> dict[str, int]:
+    """Return the ids of all tokens of `directory`/tokenizer.json by name, special ones included.
+
+    Raises:
+        DataError: no such file, or not a tokenizer.
+    """
+    path = directory / TOKENIZER_FILE
+    return _parse(_read(path), str(path)).get_vocab(with_added_tokens=True)
+
+
 def refuse_surrogates(texts: Sequence[str]) -> None:
     """Raise a DataError if one of `texts` holds half of a surrogate pair, which is no Unicode text.
 

@@ -22,8 +22,9 @@ def average_checkpoints(
 ) -> dict[str, Any]:
     """Write the exponential moving average of a run's newest checkpoints, from the oldest of them to the newest.
 
-    The average begins as the oldest checkpoint and moves by 1 - beta towards each of the others; Huginn-0125 took
-    beta = 0.9 over the last 75, every 7th (arXiv 2502.05171 section 4). The optimizer's state is left out.
+    The average begins as the oldest checkpoint and moves by 1 - beta towards each of the others. Huginn-0125 took
+    beta = 0.9 and every 7th of the last 75 (arXiv 2502.05171, section 4): last = 11, every = 7. The optimizer's state
+    is left out.
 
     Args:
         run_dir: the run.
@@ -50,6 +51,8 @@ def average_checkpoints(
             f"{run_dir}: has {found} checkpoints, too few for --last {last} --every {every}; name fewer, or train with"
             " a larger checkpoint.keep_last"
         )
+    if not (run_dir / "tokenizer").is_dir():
+        raise CheckpointError(f"{run_dir / 'tokenizer'}: missing, so the average could not be used; restore it")
     readers = [CheckpointReader(path) for path in paths]
     newest = readers[-1].manifest
     for reader in readers:

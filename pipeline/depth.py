@@ -16,7 +16,7 @@ from pipeline.samplers import SAMPLERS, Integers, Words, recurrences, sobol_word
 from pipeline.schedules import RampConfig
 
 SCOPES = ("lockstep", "balanced", "per_sequence")
-_LARGEST_MEAN = 10_000
+_LARGEST_MEAN, _LARGEST_SIGMA = 10_000, 2.0
 _FIXED = ("fixed", "full", "non_recurrent")
 
 
@@ -61,6 +61,12 @@ class DepthConfig:
             raise ConfigError(
                 f"depth.sigma: {self.sigma} is too small for depth.sampler = {self.sampler}; at 0 it is poisson"
             )
+        if self.sigma > _LARGEST_SIGMA:
+            raise ConfigError(f"depth.sigma: {self.sigma} is above {_LARGEST_SIGMA}: hardly a draw is near the mean")
+        for name in ("recurrence_ramp", "backprop_ramp"):
+            useless = self.sampler == "non_recurrent" or (self.sampler == "full" and name == "backprop_ramp")
+            if useless and getattr(self, name).kind != "constant":
+                raise ConfigError(f"depth.{name}: has no effect with depth.sampler = {self.sampler}; leave it out")
         if self.sampler == "non_recurrent" and self.mean_recurrence != 1:
             raise ConfigError(
                 f"depth.mean_recurrence: {self.mean_recurrence} with depth.sampler = non_recurrent, which passes the"
@@ -175,7 +181,8 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
         ranks: number of ranks.
 
     Returns:
-        Items of each rank, ascending.
+        Items of each rank, the costliest first: where ranks meet at every micro-batch (ZeRO stages 2 and 3), those that
+        they do at the same time are then alike.
     """
     share = len(costs) // ranks
     assert share * ranks == len(costs)
@@ -188,7 +195,7 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
             heapq.heapreplace(loads, (load + costs[item], rank))
         else:
             heapq.heappop(loads)
-    return [sorted(hand) for hand in hands]
+    return hands
 
 
 def _as_depths(drawn: Integers) -> list[Depth]:

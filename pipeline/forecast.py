@@ -34,8 +34,8 @@ def forecast(config: RunConfig, steps: int, ranks: int = 1) -> dict[str, Any]:
         name, steps, samples; sampler, scope; recurrence (expectation at the end of the ramp, mean, std, quantiles, min
         and max of what is drawn); histogram {r: count}; flops (of one sequence: outside and iteration; total of all
         steps; mean, lowest and highest step; saved: part that the ramps of depth save); imbalance (mean over steps of
-        the most loaded rank's FLOPs over the mean rank's); curve (by drawn step: step, recurrence, limit, n, k, flops,
-        batch_size, learning_rate).
+        the FLOPs that the ranks wait for, over the mean rank's); curve (by drawn step: step, recurrence, limit, n, k,
+        flops, batch_size, learning_rate).
 
     Raises:
         ConfigError: more steps than the run has, or ranks that do not divide the batch.
@@ -123,14 +123,18 @@ def _saved(
 def _imbalance(config: RunConfig, costs: list[npt.NDArray[np.float64]], ranks: int) -> float:
     if config.depth.scope == "lockstep" or ranks == 1:
         return 1.0
-    ratios = []
-    for cost in costs[:: -(-len(costs) // 50)]:
-        if config.depth.scope == "balanced":
-            loads = [sum(cost[item] for item in hand) for hand in deal(cost.tolist(), ranks)]
-        else:
-            loads = cost.reshape(ranks, -1).sum(axis=1).tolist()
-        ratios.append(max(loads) * ranks / sum(loads))
-    return float(np.mean(ratios))
+    return float(np.mean([_wait(config, cost, ranks) for cost in costs[:: -(-len(costs) // 50)]]))
+
+
+def _wait(config: RunConfig, costs: npt.NDArray[np.float64], ranks: int) -> float:
+    """Return how long a step takes, over the mean work of a rank."""
+    if config.depth.scope == "balanced":
+        loads = costs[np.array(deal(costs.tolist(), ranks))]
+    else:
+        loads = costs.reshape(ranks, -1, config.train.micro_batch_size).sum(axis=2)
+    # From stage 2 on, gradients are reduced in every backward pass: ranks wait for each other at every micro-batch.
+    longest = loads.max(axis=0).sum() if config.zero.stage >= 2 else loads.sum(axis=1).max()
+    return float(longest * ranks / loads.sum())
 
 
 def _curve(

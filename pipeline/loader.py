@@ -331,6 +331,8 @@ def _micro_batch(
     manifest: Manifest, samples: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]
 ) -> MicroBatch:
     labels = np.where(trained[:, 1:], tokens[:, 1:], IGNORED)
-    begin_id = next(iter(manifest.special_ids.values()))  # no text encodes to it, so it stands only where one begins
-    documents = np.cumsum(tokens[:, :-1] == begin_id, axis=1)
+    begin_id, end_id, _ = manifest.special_ids.values()  # no text encodes to them
+    starts = tokens[:, :-1] == begin_id
+    starts[:, 1:] |= tokens[:, :-2] == end_id  # the rest of a document that a row's end has cut has no begin
+    documents = np.cumsum(starts, axis=1)
     return MicroBatch(*map(torch.from_numpy, (samples, tokens[:, :-1], labels, documents)))

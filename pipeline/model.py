@@ -22,6 +22,7 @@ from kernels.rotary import rotary_table
 from pipeline.blocks import Positions, build_blocks, document_mask
 from pipeline.errors import ConfigError
 from pipeline.initialization import INITS, initialize
+from pipeline.loader import IGNORED
 from pipeline.objective import ObjectiveConfig, loss
 from pipeline.recurrence import Recurrence, Steps, Trace
 
@@ -266,7 +267,7 @@ class RecurrentDepthModel(nn.Module):
         embedded = self._embed(input_ids, positions)
         direction = None
         if labels is not None and self.objective.jacobian_penalty and torch.is_grad_enabled():
-            # Noise that follows from the sample alone, as everything else of a step.
+            # Noise that follows from the text alone: the same whatever rank and micro-batch it falls to.
             keys = (input_ids * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).sum(1)
             direction = truncated_normal(keys, embedded.shape[1], embedded.shape[2], 1.0)
         state, gain = self.transformer.recurrence(initial_state, embedded, positions, num_steps, trace, direction)
@@ -278,7 +279,12 @@ class RecurrentDepthModel(nn.Module):
             plain = self.objective.is_cross_entropy
             self.cross_entropy = mean if plain else loss(logits, labels, ObjectiveConfig(), num_steps)
             self.cross_entropy = self.cross_entropy.detach()
-        return mean if direction is None else mean + self.objective.jacobian_penalty * gain.mean()
+        if direction is None:
+            return mean
+        # Weighted as the loss is, by labels that count, so that the split into micro-batches does not matter.
+        counts = (labels != IGNORED).sum(1)
+        weighted: torch.Tensor = (gain * counts).sum() / counts.sum().clamp_min(1)
+        return mean + self.objective.jacobian_penalty * weighted
 
     def init_weights(self, seed: int, mean_recurrence: float) -> None:
         """Set all parameters (`pipeline.initialization`), a pure function of (seed, parameter name)."""

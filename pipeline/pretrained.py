@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data_prep.tokenizer import TOKENIZER_FILE, token_ids
 from pipeline.errors import ConfigError
 from pipeline.model import ModelConfig, RecurrentDepthModel, build_meta_model, reference_name
 
@@ -44,6 +45,8 @@ class InitFromConfig:
         """Refuse values without a meaning."""
         if self.kind not in KINDS:
             raise ConfigError(f"init_from.kind: {self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.path is None and self.kind != "auto":
+            raise ConfigError(f"init_from.kind: {self.kind} without init_from.path; name it, or leave both out")
         for name in ("prelude", "core", "coda"):
             layers = getattr(self, name)
             if layers and (self.path is None or self.kind == "export"):
@@ -108,6 +111,20 @@ def check_init_from(config: RunConfig) -> None:
     """
     if config.init_from.path is not None:
         _plan(config.init_from, config.model)
+        _check_tokenizer(Path(config.init_from.path), Path(config.data.tokenizer))
+
+
+def _check_tokenizer(theirs: Path, ours: Path) -> None:
+    """Refuse weights whose tokens have other ids than ours; a directory without a tokenizer is taken on trust."""
+    if not (theirs / TOKENIZER_FILE).is_file():
+        return
+    old, new = token_ids(theirs), token_ids(ours)
+    for token, number in old.items():
+        if new.get(token) != number:
+            raise ConfigError(
+                f"init_from.path: the token {token!a} has id {number} in {theirs} and {new.get(token)} in"
+                f" data.tokenizer = {ours}; build the data with the tokenizer of the weights"
+            )
 
 
 @torch.no_grad()

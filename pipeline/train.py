@@ -222,11 +222,15 @@ class Training:
         """Train to the last step, a stop signal or a non-finite loss; return how it ended and why."""
         config = self._config
         while self.progress.step < config.train.steps:
+            tokens_before = self.progress.tokens
             record, stop_requests = self._step(signals.received)
+            trained = self.progress.tokens > tokens_before
+            if not trained:
+                self._event("no_targets", step=record["step"], reason="loss masks leave out every token of the batch")
             if self._log is not None:
                 self._log.step(record)
                 on_step(record)
-            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            if not (math.isfinite(record["grad_norm"]) and (math.isfinite(record["loss"]) or not trained)):
                 return ExitCode.DIVERGED, self._diverged(record)
             finished = self.progress.step == config.train.steps
             if stop_requests or finished or self.progress.step % config.checkpoint.every == 0:
@@ -266,7 +270,7 @@ class Training:
         record: Record = {
             **dataclasses.asdict(self.progress),
             "time": time.time(),
-            "loss": total_loss / total_tokens,
+            "loss": total_loss / total_tokens if total_tokens else math.nan,
             "grad_norm": gradient_norm,
             "lr": step.learning_rate,
             **_depth_record(step),

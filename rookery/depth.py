@@ -18,7 +18,7 @@ def depth(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a YAML file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.  [default: train.steps]")] = None,
-    ranks: Annotated[int, typer.Option(help="Ranks whose work is compared.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks whose work is compared.")] = 1,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: a self-contained HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -57,7 +57,7 @@ def _print(result: dict[str, Any]) -> None:
         "saved by curricula": f"{flops['saved']:.1%}",
     }
     if result["ranks"] > 1:
-        rows["most loaded rank"] = f"{result['imbalance']:.3f} x the mean of {result['ranks']} ranks"
+        rows["slowest rank"] = f"{result['imbalance']:.3f} x the mean of {result['ranks']} ranks"
     for name, text in rows.items():
         table.add_row(name, text)
     console = Console()

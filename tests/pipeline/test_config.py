@@ -58,7 +58,7 @@ def test_the_run_directory_follows_the_name_and_paths_mean_the_same_from_anywher
         (["zero.stage=4"], r"zero\.stage: 4"),
         (["checkpoint.keep_last=1"], r"checkpoint\.keep_last: 1"),
         (["optimizer.learning_rate=.nan"], r"optimizer\.learning_rate: nan is not a finite number"),
-        (["depth.sigma=.inf"], r"depth\.sigma: inf is not a finite number"),
+        (["objective.z_loss=.inf"], r"objective\.z_loss: inf is not a finite number"),
         (["model.norm_eps=-1"], r"model\.norm_eps: -1"),
         (["seed=9223372036854775808"], r"seed: "),
         (["train.attention=flash", "train.precision=fp32"], r"train\.attention: flash needs"),

@@ -173,6 +173,10 @@ def test_512_ranks_with_8_micro_batches_each_work_alike() -> None:
         costs = [6.0 + n + 4.0 * k for n, k in drawn.balanced(step, 512 * 8)]
         loads = [sum(costs[item] for item in hand) for hand in deal(costs, 512)]
         imbalance.append(max(loads) / np.mean(loads))
+        # Ranks that meet at every micro-batch wait for the longest of each round: the costliest come first.
+        rounds = np.array(costs)[np.array(deal(costs, 512))]
+        assert rounds.max(axis=0).sum() / np.mean(loads) < 1.4
+        assert (np.diff(rounds, axis=1) <= 0).all()
     assert np.mean(imbalance) <= 1.10
 
 
@@ -189,8 +193,13 @@ def test_the_digest_tells_schedules_apart() -> None:
     "change",
     [
         {"mean_recurrence": 0}, {"mean_recurrence": 10_001}, {"mean_backprop_depth": 0}, {"sigma": -1.0},
-        {"sigma": 0.0, "sampler": "negative_binomial"}, {"sampler": "normal"}, {"scope": "rank"},
+        {"sigma": 0.0, "sampler": "negative_binomial"}, {"sigma": 2.1}, {"sampler": "normal"}, {"scope": "rank"},
         {"mean_recurrence": 4, "sampler": "non_recurrent"}, {"scope": "balanced", "sampler": "fixed"},
+        {"backprop_ramp": RampConfig(kind="linear", start=2, steps=9), "sampler": "full"},
+        {
+            "recurrence_ramp": RampConfig(kind="linear", start=5, steps=9), "mean_recurrence": 1,
+            "mean_backprop_depth": 1, "sampler": "non_recurrent",
+        },
     ],
 )  # fmt: skip
 def test_parameters_without_a_meaning_are_refused(change: dict[str, Any]) -> None:

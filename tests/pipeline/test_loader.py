@@ -105,6 +105,15 @@ def test_documents_are_numbered_by_their_begin_tokens(tmp_path: Path) -> None:
     reader = RowReader(tmp_path / "data", manifest)
     batch = read_micro_batch(reader, manifest, np.arange(2), np.arange(2))
     assert batch.documents.tolist() == [[0] * 4 + [1] * 5 + [2] * 7, [1] * 16]
+
+
+def test_the_rest_of_a_cut_document_is_a_document_of_its_own(tmp_path: Path) -> None:
+    tokens = numbered_rows(1)
+    tokens[0, [3, 7, 8]] = 1, 1, 0  # end; then what lacks its begin, and its end; then begin
+    manifest = write_dataset(tmp_path / "data", tokens)
+    reader = RowReader(tmp_path / "data", manifest)
+    batch = read_micro_batch(reader, manifest, np.arange(1), np.arange(1))
+    assert batch.documents.tolist() == [[0] * 4 + [1] * 4 + [2] * 8]
     reader.close()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,19 @@ def test_the_curve_does_not_depend_on_how_masked_tokens_fall_on_ranks_and_micro_
     assert one[-1]["tokens"] < 6 * 8 * 32
     for name in ("loss", "grad_norm"):
         assert [record[name] for record in one] == pytest.approx([record[name] for record in two], rel=1e-4)
+
+
+def test_a_batch_without_any_target_is_an_event_and_not_the_end(mixed: Path) -> None:
+    done = rookery(
+        "train", "test.yaml", "data.train=chat", "train.steps=40", "run_dir=sparse", "train.global_batch_size=1",
+        "train.micro_batch_size=1", cwd=mixed,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(mixed / "sparse")
+    empty = [record["step"] for record in records if math.isnan(record["loss"])]
+    assert len(empty) == 3
+    events = [json.loads(line) for line in (mixed / "sparse/events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "no_targets"] == empty
 
 
 def test_the_future_of_a_mixture_may_change_and_its_past_may_not(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

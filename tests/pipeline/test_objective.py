@@ -116,6 +116,16 @@ def test_rows_shorter_than_the_context_lose_no_token() -> None:
     assert torch.equal(goldfish_labels(ids, ids, ObjectiveConfig(goldfish=2, goldfish_context=13)), ids)
 
 
+def test_the_penalty_does_not_depend_on_the_split_into_micro_batches() -> None:
+    model, ids = small_model(objective=ObjectiveConfig(jacobian_penalty=0.5)), small_batch(4)
+    state, labels = model.initial_state(torch.arange(4), ids.shape[1]), ids.roll(-1, 1)
+    labels[0, 3:], labels[2] = IGNORED, IGNORED
+    whole = model(ids, state, (1, 2), labels) * int((labels != IGNORED).sum())
+    parts = [model(ids[i : i + 1], state[i : i + 1], (1, 2), labels[i : i + 1]) for i in range(4)]
+    split = sum(part * int((labels[i] != IGNORED).sum()) for i, part in enumerate(parts))
+    torch.testing.assert_close(split, whole)
+
+
 def test_the_squared_gain_is_that_of_the_jacobian() -> None:
     model = small_model()
     ids = small_batch(1, length=4)

@@ -25,7 +25,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "raven_tiny"
 
 def run_config(model: ModelConfig, **init_from: Any) -> RunConfig:
     """The two sections of a configuration that matter here."""
-    return cast(RunConfig, SimpleNamespace(model=model, init_from=InitFromConfig(**init_from)))
+    data = SimpleNamespace(tokenizer="unused: these weights come without a tokenizer")
+    return cast(RunConfig, SimpleNamespace(model=model, data=data, init_from=InitFromConfig(**init_from)))
 
 
 # The reference ------------------------------------------------------------------------------------------------------
@@ -295,6 +296,7 @@ def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"kind": "gguf"}, r"init_from\.kind: 'gguf'"),
+        ({"kind": "llama"}, r"init_from\.kind: llama without init_from\.path"),
         ({"prelude": [0]}, r"init_from\.prelude: .* name it in init_from"),
         ({"path": "x", "kind": "export", "core": [1]}, r"init_from\.core"),
         ({"path": "x", "coda": [-1]}, r"init_from\.coda: .* negative"),

@@ -124,6 +124,11 @@ def test_a_new_run_begins_from_an_export(trained: Path, tmp_path: Path) -> None:
     tuned = resolve_checkpoint(tmp_path / "tuned")
     for name, tensor in load_export(export).state_dict().items():
         torch.testing.assert_close(tuned.weight(name), tensor, rtol=0.0, atol=1e-9)
+    definition = export / "tokenizer.json"
+    definition.write_text(definition.read_text().replace('"<|interrupt|>"', '"<|other|>"'))
+    done = rookery("train", "test.yaml", f"run_dir={tmp_path}/bad", f"init_from.path={export}", cwd=trained)
+    assert done.returncode == 12
+    assert "init_from.path: the token '<|other|>' has id" in done.stderr
     bad = ("init_from.kind=llama", f"run_dir={tmp_path}/bad")
     done = rookery("train", "test.yaml", f"init_from.path={export}", *bad, cwd=trained)
     assert done.returncode == 12

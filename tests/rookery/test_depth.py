@@ -63,7 +63,7 @@ def test_the_command_prints_a_histogram_and_refuses_what_the_run_has_not(tmp_pat
     assert done.returncode == 0, done.stderr
     assert "lognormal_poisson, balanced" in done.stdout
     assert re.search(r"^r +1-2 +\d+\.\d+% #", done.stdout, re.MULTILINE)
-    assert "most loaded rank" in done.stdout
+    assert "slowest rank" in done.stdout
     refused = rookery("depth", "smoke", "--steps", "141", cwd=tmp_path)
     assert refused.returncode == 12
     assert "--steps 141: the run has train.steps = 140" in refused.stderr
