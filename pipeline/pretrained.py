@@ -85,7 +85,8 @@ class _Weights:
                     self.files.update(dict.fromkeys(file.keys(), path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ConfigError(
-                f"init_from.path: {directory} is no checkpoint with config.json and safetensors ({error})"
+                f"init_from.path: {directory} has no config.json and safetensors ({error}); of a run,"
+                " `rookery export` makes them"
             ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
