@@ -1,8 +1,6 @@
 """Builds on several real MPI ranks."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +11,15 @@ from data_prep.build import build_dataset
 from data_prep.config import BuildConfig
 from data_prep.filters import FilterConfig
 from data_prep.world import World
+from slurm.local import rank_command, rank_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_UNITS = BuildConfig(unit_bytes=15_000)  # so that every rank has several
 
 
 def mpiexec(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    beside = Path(sys.executable).parent / "mpiexec"
-    launcher = str(beside) if beside.exists() else shutil.which("mpiexec")
-    assert launcher is not None, "these tests need mpiexec: install the `mpi` extra or load the site's MPI module"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [launcher, "-n", str(ranks), sys.executable, *arguments]
+    command = rank_command(ranks, [sys.executable, *arguments])
+    environment = {**rank_environment(ranks), "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 

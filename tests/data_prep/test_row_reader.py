@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest
 from data_prep.shards import RowReader, part_name, write_part
+from tests.data_prep.small_manifest import bare_manifest
 
 ROW_TOKENS = 21
 SIZES = (7, 1, 30, 2)
@@ -36,19 +37,7 @@ def written(directory: Path, vocab_size: int, *, masked: tuple[int, ...] = ()) -
         if number in masked:
             flags[here] = rng.random((size, ROW_TOKENS)) < 0.5
         parts.append(write_part(directory, part_name(number), rows[here], flags[here] if number in masked else None))
-    manifest = Manifest(
-        sequence_length=ROW_TOKENS - 1,
-        dtype=np.dtype(dtype).name,
-        tokenizer_sha256="0" * 64,
-        vocab_size=vocab_size,
-        special_ids={},
-        documents=1,
-        dropped_tokens=0,
-        text_bytes=1,
-        unigram_entropy=1.0,
-        parts=tuple(parts),
-    )
-    return manifest, rows, flags
+    return bare_manifest(parts, ROW_TOKENS, vocab_size), rows, flags
 
 
 @pytest.fixture(scope="module", params=[600, 2**17])

@@ -12,6 +12,7 @@ from data_prep import shards
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest, smallest_dtype
 from data_prep.shards import RowReader, part_name, write_part
+from tests.data_prep.small_manifest import bare_manifest
 
 ROW_TOKENS = 33
 STRIDE = ROW_TOKENS * 2 + 4
@@ -24,18 +25,8 @@ def tokens(rows: int, vocab_size: int = 600, seed: int = 0) -> npt.NDArray[np.un
 
 def write_parts(directory: Path, *parts: npt.NDArray[np.unsignedinteger], vocab_size: int = 600) -> Manifest:
     directory.mkdir(exist_ok=True)
-    return Manifest(
-        sequence_length=ROW_TOKENS - 1,
-        dtype=smallest_dtype(vocab_size),
-        tokenizer_sha256="0" * 64,
-        vocab_size=vocab_size,
-        special_ids={},
-        documents=1,
-        dropped_tokens=0,
-        text_bytes=1,
-        unigram_entropy=1.0,
-        parts=tuple(write_part(directory, part_name(index), rows) for index, rows in enumerate(parts)),
-    )
+    written = [write_part(directory, part_name(index), rows) for index, rows in enumerate(parts)]
+    return bare_manifest(written, ROW_TOKENS, vocab_size)
 
 
 def shard(directory: Path, index: int = 0) -> Path:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from data_prep.manifest import Manifest
 from data_prep.shards import part_name, write_part
+from tests.data_prep.small_manifest import bare_manifest
 
 ROW_TOKENS = 17
 PAD_ID = 2
@@ -29,18 +30,12 @@ def write_dataset(
     directory.mkdir(parents=True)
     masks = [None] * (len(parts) - 1) + [trainable]
     written = zip(parts, masks, strict=True)
-    manifest = Manifest(
-        sequence_length=ROW_TOKENS - 1,
-        dtype="uint16",
-        tokenizer_sha256="0" * 64,
+    manifest = bare_manifest(
+        [write_part(directory, part_name(i), rows, mask) for i, (rows, mask) in enumerate(written)],
+        ROW_TOKENS,
         vocab_size=300,
         special_ids={"<|begin_text|>": 0, "<|end_text|>": 1, "<|pad|>": PAD_ID},
-        documents=1,
-        dropped_tokens=0,
-        text_bytes=1,
-        unigram_entropy=1.0,
         padding_tokens=int(sum((rows == PAD_ID).sum() for rows in parts)),
-        parts=tuple(write_part(directory, part_name(i), rows, mask) for i, (rows, mask) in enumerate(written)),
     )
     manifest.write(directory)
     return manifest
