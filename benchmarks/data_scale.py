@@ -27,7 +27,7 @@ from benchmarks.data_rows import ROW_TOKENS, write_dataset
 from benchmarks.harness import arguments, machine, publish
 from data_prep.manifest import Manifest, Part
 from data_prep.shards import part_name, shard_bytes
-from pipeline.loader import Loader, TrainingData, rank_samples
+from pipeline.loader import Loader, Share, TrainingData, contiguous
 from pipeline.mixture import Mixture, Source
 
 RANKS, BATCH = 4096, 4096
@@ -114,7 +114,9 @@ def same_batch(mixture: Mixture) -> float:
     consumed = 10**12
     whole = mixture.locate(consumed + np.arange(BATCH)).rows
     started = time.perf_counter()
-    rows = [mixture.locate(rank_samples(consumed, rank, RANKS, BATCH)).rows for rank in range(RANKS)]
+    rows = [
+        mixture.locate(Share(consumed, BATCH, contiguous(rank, RANKS, BATCH)).samples(1)).rows for rank in range(RANKS)
+    ]
     seconds = time.perf_counter() - started
     assert np.array_equal(np.concatenate(rows), whole)
     assert len(np.unique(whole)) == BATCH

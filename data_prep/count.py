@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.chat import ChatFormat
+from data_prep.documents import batches
 from data_prep.engine import Engine, agree_on_engine
 from data_prep.errors import DataError
-from data_prep.readers import Document, ReaderOptions, WorkItem, read_item
+from data_prep.readers import ReaderOptions, WorkItem, read_item
 from data_prep.sampling import Source, plain_text
 from data_prep.tokenizer import Tokenizer
 from data_prep.world import World
 
-_BATCH_CHARACTERS = 2**20
 _SAMPLED_DOCUMENTS = 8  # of a source, to choose the encoder by
 
 
@@ -114,7 +114,7 @@ class _Counter:
     def count(self, item: WorkItem) -> tuple[int, int, int, int]:
         documents = tokens = text_bytes = 0
         self._skipped = 0
-        for batch in _batches(read_item(item, self._options, self._on_bad)):
+        for batch, _ in batches(read_item(item, self._options, self._on_bad), lambda each: len(plain_text(each))):
             texts = [document.text for document in batch if document.text is not None]
             chats = [document.turns for document in batch if document.turns is not None]
             documents += len(batch)
@@ -132,16 +132,3 @@ class _Counter:
         if self._options.on_bad_document == "fail":
             raise problem
         self._skipped += 1
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(plain_text(document))
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from data_prep.config import BuildConfig
 from data_prep.dedup import DuplicateRemover, Flags, Signatures
@@ -15,6 +15,7 @@ from data_prep.readers import Document, read_item
 from data_prep.split import is_held_out
 from data_prep.world import World
 
+_BATCH_SIZE = 2**20  # bytes or characters of text that go to the encoder at once
 _MESSAGES_KEPT = 100  # of documents left out, of each unit
 
 
@@ -40,6 +41,20 @@ class LeftOut:
             self.messages.append(str(problem))
         elif len(self.messages) == _MESSAGES_KEPT:
             self.messages.append("... and others in this unit of work, counted in the manifest")
+
+
+def batches(documents: Iterable[Document], size_of: Callable[[Document], int]) -> Iterator[tuple[list[Document], int]]:
+    """Yield documents in batches for the encoder, each with its size: the sum of `size_of`, about `_BATCH_SIZE`."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += size_of(document)
+        if size >= _BATCH_SIZE:
+            yield batch, size
+            batch, size = [], 0
+    if batch:
+        yield batch, size
 
 
 def documents(unit: Unit, config: BuildConfig, flags: Flags | None, left_out: LeftOut) -> Iterator[Document]:

@@ -97,6 +97,12 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def control_ids(self) -> tuple[int, int, int]:
+        """Ids of begin, end and pad: `special_ids` has them in this order, as `Tokenizer.special_ids` does."""
+        begin_id, end_id, pad_id = self.special_ids.values()
+        return begin_id, end_id, pad_id
+
+    @property
     def row_tokens(self) -> int:
         """Tokens in a row: `sequence_length` + 1."""
         return self.sequence_length + 1

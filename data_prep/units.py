@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from data_prep.chat import ChatFormat
 from data_prep.config import BuildConfig
 from data_prep.dedup import Flags
-from data_prep.documents import LeftOut, documents
+from data_prep.documents import LeftOut, batches, documents
 from data_prep.engine import Engine
 from data_prep.errors import DataError
 from data_prep.filters import Filters
@@ -27,7 +27,6 @@ from data_prep.shards import part_name, write_part
 from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Workspace
 
-_BATCH_BYTES = 2**20  # text that goes to the encoder at once
 # A part is finished early when it has twice the tokens to be expected of a unit, but not for a little: this bounds the
 # memory of a rank where a compressed file holds more than its size promised.
 _TOKENS_PER_BYTE_AT_MOST = 0.5
@@ -115,7 +114,7 @@ class UnitBuilder:
         left_out, filters = LeftOut(config), Filters(config.filters)
         writer = _PartWriter(self._recipe, self._workspace, unit)
         count = text_bytes = 0
-        for batch, size in _batches(documents(unit, config, flags, left_out)):
+        for batch, size in batches(documents(unit, config, flags, left_out), _text_bytes):
             encoded = self._encode(batch, left_out)
             for (ids, trainable), is_kept in zip(encoded, filters.keep([ids for ids, _ in encoded]), strict=True):
                 if is_kept:
@@ -225,20 +224,6 @@ class _PartWriter:
             dtype=smallest_dtype(tokenizer.vocab_size),
             drop_cut_tails=config.drop_cut_tails,
         )
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[Document], int]]:
-    """Yield documents in batches for the encoder, with their bytes of text."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += _text_bytes(document)
-        if size >= _BATCH_BYTES:
-            yield batch, size
-            batch, size = [], 0
-    if batch:
-        yield batch, size
 
 
 def _text_bytes(document: Document) -> int:

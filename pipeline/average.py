@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data_prep.files import published_directory, write_atomic
+from data_prep.files import published_directory
 from data_prep.world import World
 from pipeline.checkpoint import CheckpointReader, list_checkpoints, save_checkpoint
 from pipeline.engine import Fragment
@@ -74,7 +74,7 @@ def average_checkpoints(
             data_fingerprint=newest.data_fingerprint,
             tokenizer_sha256=newest.tokenizer_sha256,
         )
-        write_atomic(partial / "average.json", json.dumps(record).encode())
+        (partial / "average.json").write_text(json.dumps(record), encoding="utf-8")
     return record
 
 

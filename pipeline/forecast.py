@@ -126,15 +126,24 @@ def _imbalance(config: RunConfig, costs: list[npt.NDArray[np.float64]], ranks: i
     return float(np.mean([_wait(config, cost, ranks) for cost in costs[:: -(-len(costs) // 50)]]))
 
 
+def waiting(loads: npt.NDArray[np.float64], *, every_micro_batch: bool) -> float:
+    """Return how long a step takes, over the mean work of a rank.
+
+    Args:
+        loads: (ranks, micro-batches) cost of each, in the order in which a rank does them.
+        every_micro_batch: whether the ranks wait for each other at each, or only at the end of the step.
+    """
+    longest = loads.max(axis=0).sum() if every_micro_batch else loads.sum(axis=1).max()
+    return float(longest * len(loads) / loads.sum())
+
+
 def _wait(config: RunConfig, costs: npt.NDArray[np.float64], ranks: int) -> float:
-    """Return how long a step takes, over the mean work of a rank."""
     if config.depth.scope == "balanced":
         loads = costs[np.array(deal(costs.tolist(), ranks))]
     else:
         loads = costs.reshape(ranks, -1, config.train.micro_batch_size).sum(axis=2)
-    # From stage 2 on, gradients are reduced in every backward pass: ranks wait for each other at every micro-batch.
-    longest = loads.max(axis=0).sum() if config.zero.stage >= 2 else loads.sum(axis=1).max()
-    return float(longest * ranks / loads.sum())
+    # From stage 2 on, gradients are reduced in every backward pass.
+    return waiting(loads, every_micro_batch=config.zero.stage >= 2)
 
 
 def _curve(

@@ -226,12 +226,6 @@ class Loader:
         return [_micro_batch(manifest, samples[piece], tokens[piece], trained[piece]) for piece in pieces]
 
 
-def rank_samples(consumed_samples: int, rank: int, world_size: int, global_batch_size: int) -> npt.NDArray[np.int64]:
-    """Return the global sample indices of `rank` in the global batch after `consumed_samples`, ascending."""
-    share = global_batch_size // world_size
-    return np.arange(share, dtype=np.int64) + consumed_samples + rank * share
-
-
 def open_mixture(config: DataConfig, seed: int, manifests: Sequence[Manifest]) -> Mixture:
     """Return the order of the samples over `config.train`, whose `manifests` are given in that order.
 
@@ -319,19 +313,14 @@ def _read(
     """Return the tokens of `rows` and which of them are trained on, both (n, row_tokens)."""
     tokens = reader.rows(rows).astype(np.int64)
     # No text encodes to the pad token: every one was put there to fill a row.
-    return tokens, reader.trainable(rows) & (tokens != _pad_id(manifest))
-
-
-def _pad_id(manifest: Manifest) -> int:
-    _, _, pad_id = manifest.special_ids.values()  # begin, end, pad: the order of `Tokenizer.special_ids`
-    return pad_id
+    return tokens, reader.trainable(rows) & (tokens != manifest.control_ids[2])
 
 
 def _micro_batch(
     manifest: Manifest, samples: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_]
 ) -> MicroBatch:
     labels = np.where(trained[:, 1:], tokens[:, 1:], IGNORED)
-    begin_id, end_id, _ = manifest.special_ids.values()  # no text encodes to them
+    begin_id, end_id, _ = manifest.control_ids  # no text encodes to them
     starts = tokens[:, :-1] == begin_id
     starts[:, 1:] |= tokens[:, :-2] == end_id  # the rest of a document that a row's end has cut has no begin
     documents = np.cumsum(starts, axis=1)

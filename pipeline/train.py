@@ -251,14 +251,15 @@ class Training:
         tokens, gradient_norm = 0, math.nan
         batches = self._batches(upcoming)
         set_accumulation(self._engine, len(batches))
-        mean_tokens = self._mean_trained_tokens(batches)
-        for index, (batch, depth) in enumerate(zip(batches, step.depths, strict=True)):
+        counts = [batch.trained_tokens for batch in batches]
+        mean_tokens = self._mean_trained_tokens(counts)
+        for index, (batch, depth, trained) in enumerate(zip(batches, step.depths, counts, strict=True)):
             objective = self._forward(batch, depth, trace if index == 0 else None)
             # Every token of the global batch weighs the same, however padding and masks fall on micro-batches.
-            self._engine.backward(objective * (batch.trained_tokens / mean_tokens))
-            loss_sum += self._engine.module.cross_entropy.double() * batch.trained_tokens
+            self._engine.backward(objective * (trained / mean_tokens))
+            loss_sum += self._engine.module.cross_entropy.double() * trained
             gradient_norm = optimizer_step(self._engine, config.optimizer.gradient_clipping)
-            tokens += batch.trained_tokens
+            tokens += trained
         synchronize(self._device)
         total_loss, total_tokens, stop_requests = self._world.sum(np.array([float(loss_sum), tokens, stop]))
         seconds = time.perf_counter() - started
@@ -303,11 +304,11 @@ class Training:
         objective: torch.Tensor = self._engine(input_ids, state, depth, labels, trace, documents)
         return objective
 
-    def _mean_trained_tokens(self, batches: list[MicroBatch]) -> float:
-        """Return the mean number of trained tokens of a micro-batch, over all ranks."""
-        counts = np.array([sum(batch.trained_tokens for batch in batches), len(batches)], dtype=np.float64)
+    def _mean_trained_tokens(self, counts: list[int]) -> float:
+        """Return the mean number of trained tokens of a micro-batch, over all ranks; `counts` are this rank's."""
+        own = np.array([sum(counts), len(counts)], dtype=np.float64)
         known = self._data.trains_on_all and self._config.objective.goldfish == 0
-        tokens, number = counts if known else self._world.sum(counts)
+        tokens, number = own if known else self._world.sum(own)
         return float(max(tokens, 1.0) / number)
 
     def _save(self) -> None:

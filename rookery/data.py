@@ -208,7 +208,9 @@ def build(  # noqa: PLR0913 - a parameter a flag
         if array is None and (sbatch or cluster is not None):
             raise DataError("--sbatch, --cluster: are of use with --array alone")
     if array is not None:
-        job = _submit(what, array, cluster or "slurm", dict(map(_key_and_text, sbatch or [])))
+        job = _submit(
+            what, array, cluster or "slurm", dict(_key_and_text(option, "--sbatch") for option in sbatch or [])
+        )
         if cluster == "local":
             _print_built(Manifest.load(what.out), what.out, time.perf_counter() - started, array, as_json=as_json)
         elif as_json:
@@ -332,12 +334,12 @@ def _submit(what: Build, tasks: int, cluster: str, sbatch: dict[str, str]) -> st
     return job
 
 
-def _key_and_text(setting: str) -> tuple[str, str]:
+def _key_and_text(setting: str, flag: str) -> tuple[str, str]:
     from data_prep.errors import DataError
 
     key, equals, value = setting.partition("=")
     if not equals or not key:
-        raise DataError(f"--sbatch {setting}: write it as KEY=VALUE")
+        raise DataError(f"{flag} {setting}: write it as KEY=VALUE")
     return key, value
 
 
@@ -346,9 +348,7 @@ def _key_and_value(setting: str) -> tuple[str, Any]:
 
     from data_prep.errors import DataError
 
-    key, equals, value = setting.partition("=")
-    if not equals:
-        raise DataError(f"--set {setting}: write it as KEY=VALUE")
+    key, value = _key_and_text(setting, "--set")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -99,7 +99,7 @@ class _Order:
     def samples(self, step: int, rank: int, world: int) -> list[dict[str, Any]]:
         from data_prep.errors import DataError
         from pipeline.agenda import Agenda
-        from pipeline.loader import rank_samples
+        from pipeline.loader import Share, contiguous
         from pipeline.schedules import batch_size, samples_before
 
         if world < 1 or not 0 <= rank < world or step < 0:
@@ -118,7 +118,7 @@ class _Order:
             share = Agenda(config, rank, world).at(step, consumed).share
             numbers = share.samples(config.train.micro_batch_size)
         else:
-            numbers = rank_samples(consumed, rank, world, size)
+            numbers = Share(consumed, size, contiguous(rank, world, size)).samples(1)
         located = self.data.mixture.locate(numbers)
         return [
             self._record(source, row, sample=sample, epoch=ordinal // self.data.manifests[source].rows)
