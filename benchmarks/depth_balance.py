@@ -23,7 +23,7 @@ def main() -> None:
     options = arguments(__doc__ or "", steps=40)
     config = load_config("huginn-3.5b")
     schedule = DepthSchedule(config.depth, config.seed)
-    flops = sequence_flops(config.model, recomputes=config.train.checkpoint_iterations)
+    flops = sequence_flops(config.model, config.train.activation_checkpointing)
 
     def drawn(step: int, ranks: int, share: int) -> dict[str, float]:
         costs = np.array([flops.training(depth) for depth in schedule.balanced(step, ranks * share)])

@@ -77,7 +77,8 @@ def _run_row(index: int, run: RunView) -> list[str]:
     last = run.current[-1] if run.current else {}
     tokens = number(last, "tokens")
     best = run.best
-    entropy = run.evaluations[-1].unigram_entropy if run.evaluations else None
+    entropies = (evaluation.unigram_entropy for evaluation in reversed(run.evaluations))
+    entropy = next((value for value in entropies if value is not None), None)
     return [
         f'<i class="swatch run-{index % RUN_COLOURS}"></i><b>{html.escape(run.name)}</b>',
         f"{last['step']:,}" if last else _ABSENT,

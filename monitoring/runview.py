@@ -183,7 +183,7 @@ def _read_run(run_dir: Path, name: str) -> RunView:
         name=name,
         current=split.current,
         abandoned=split.abandoned,
-        evaluations=evaluations,
+        evaluations=_with_validations(evaluations, split.current),
         attempts=_read_attempts(run_dir, split.current + split.abandoned),
         events=event_records,
         config=config,
@@ -220,6 +220,21 @@ def _read_evaluations(run_dir: Path) -> tuple[list[Evaluation], list[str]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             warnings.append(f"eval/{path.name} cannot be read as an evaluation")
     return sorted(evaluations, key=lambda evaluation: evaluation.step), sorted(warnings)
+
+
+def _with_validations(evaluations: list[Evaluation], records: list[Record]) -> list[Evaluation]:
+    """Add the validations of step records; an evaluation of the same step counts more, since it read more."""
+    known = {evaluation.step for evaluation in evaluations}
+    found = []
+    for record in records:
+        if isinstance(record.get("validation"), dict) and record["step"] not in known:
+            try:
+                found.append(
+                    _evaluation({"step": record["step"], "tokens": record.get("tokens"), "loss": record["validation"]})
+                )
+            except ValueError:  # a depth that is no number
+                continue
+    return sorted([*evaluations, *found], key=lambda evaluation: evaluation.step)
 
 
 def _evaluation(content: Any) -> Evaluation:

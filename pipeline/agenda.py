@@ -46,7 +46,7 @@ class Agenda:
     def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
         self._config, self._rank, self._world_size = config, rank, world_size
         self._schedule = DepthSchedule(config.depth, config.seed)
-        self._flops = sequence_flops(config.model, recomputes=config.train.checkpoint_iterations)
+        self._flops = sequence_flops(config.model, config.train.activation_checkpointing)
         self._known: dict[tuple[int, int], Step] = {}
 
     def upcoming(self, step: int, consumed: int, ahead: int) -> list[Step]:

@@ -8,9 +8,10 @@ import os
 import shutil
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_prep.files import published_directory
+from data_prep.manifest import Manifest
 from data_prep.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from data_prep.world import PeerError, World
 from kernels.attention import backend_problem
@@ -26,7 +28,10 @@ from monitoring.runlog import RunLog, write_atomic
 from pipeline.accelerator import describe
 from pipeline.agenda import schedule_digest
 from pipeline.checkpoint import CheckpointManifest, CheckpointReader, newest_valid
-from pipeline.errors import CheckpointError, ConfigError, RunError
+from pipeline.compilation import compiler_problem
+from pipeline.engine import check_ranks
+from pipeline.errors import CheckpointError, ConfigError, ExitCode, RunError, UnhealthyNodeError
+from pipeline.journal import journal
 from pipeline.loader import TrainingData, open_training_data
 from pipeline.model import build_meta_model
 from pipeline.optim import check_optimizer
@@ -35,6 +40,8 @@ from pipeline.pretrained import check_init_from
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
+
+ENVIRONMENT = "environment.json"
 
 # Beside the model: another optimizer has another state.
 _HELD = ("seed", "optimizer.kind", "optimizer.muon.tensors")
@@ -69,9 +76,13 @@ def prepare(config: RunConfig, world: World) -> Start:
         config.train.check_world_size(world.size, config.schedule)
         if problem := backend_problem(config.train.attention):
             raise ConfigError(f"train.attention: {problem}")
+        if config.train.compile.enabled and (problem := compiler_problem()):
+            raise ConfigError(f"train.compile.enabled: {problem}")
         check_optimizer(config.optimizer, build_meta_model(config.model))
         # One rank reads the manifests; thousands that look at every shard bring a file system down.
         found = _look(config) if world.rank == 0 else None
+    with world.guard("nodes"):
+        check_ranks(config.zero, config.comm, world)
     looked = world.broadcast(found)
     assert looked is not None
     data, directory, passed_over = looked
@@ -101,6 +112,8 @@ def _compare_digests(digest: str, world: World) -> None:
 def _look(config: RunConfig) -> tuple[TrainingData, Path | None, dict[str, str]]:
     run_dir = Path(config.run_dir)
     data = open_training_data(config)
+    if config.validation.every is not None:
+        Manifest.load(Path(config.data.validation))  # which looks for its shards
     if run_dir.exists() and not (run_dir / "attempts").is_dir() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ConfigError(f"run_dir: {run_dir} holds something that is not a run; name a new or empty directory")
     kept = run_dir / "tokenizer"
@@ -152,11 +165,31 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
     return dict(sorted(changes.items()))
 
 
-@contextmanager
-def attempt(config: RunConfig, world: World, device: torch.device, start: Start) -> Iterator[RunLog | None]:
-    """Yield the run log of a new attempt on rank 0, None elsewhere; write down how the block failed, if it does.
+@dataclass(frozen=True)
+class Attempt:
+    """A launch that has begun to write.
 
-    The rank that fails writes `attempts/NNNN/failure-RANK.json`: rank 0 may be waiting for it, or be ended with it.
+    Attributes:
+        directory: `attempts/NNNN`.
+        log: the run log on rank 0, None elsewhere.
+    """
+
+    directory: Path
+    log: RunLog | None
+
+    def note(self, **facts: Any) -> None:
+        """Add what was found out about the machine to environment.json, on rank 0."""
+        if self.log is not None:
+            path = self.directory / ENVIRONMENT
+            write_atomic(path, json.dumps(json.loads(path.read_bytes()) | facts, indent=1).encode())
+
+
+@contextmanager
+def attempt(config: RunConfig, world: World, device: torch.device, start: Start) -> Iterator[Attempt]:
+    """Yield a new attempt; write down how the block failed, if it does.
+
+    The rank that fails writes `attempts/NNNN/failure-RANK.json`, and outcome.json too unless all ranks know: rank 0
+    may be waiting for it, and is ended with it.
 
     Raises:
         RunError: the block raised a `ValueError`; what was bad input before the start is a failure of the run now.
@@ -170,19 +203,53 @@ def attempt(config: RunConfig, world: World, device: torch.device, start: Start)
         step = 0 if start.reader is None else start.reader.manifest.progress.step
         log.event("start", step=step, changed=start.changes, passed_over=start.passed_over, schedule=start.digest)
     try:
-        yield log
+        yield Attempt(directory, log)
     except Exception as error:
-        if not isinstance(error, PeerError):
-            report = {"rank": world.rank, "host": socket.gethostname(), "error": traceback.format_exception(error)}
-            write_atomic(directory / f"failure-{world.rank:05d}.json", json.dumps(report, indent=1).encode())
-        if log is not None:
-            log.outcome(1, f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # a full disk must not hide what happened
+            _report_failure(directory, world, error)
         if isinstance(error, ValueError):
             raise RunError(f"{config.run_dir}: {error}") from error
         raise
     finally:
         if log is not None:
             log.close()
+
+
+def record_unhealthy_start(config: RunConfig, world: World, error: UnhealthyNodeError) -> None:
+    """Write the outcome of a launch that ended before its attempt could begin; rank 0 speaks for all."""
+    if world.rank == 0:
+        with suppress(OSError):  # a full disk must not hide what happened
+            log = _open_log(config)
+            write_outcome(log.attempt_dir, ExitCode.UNHEALTHY_NODE, error.reason, hosts=error.hosts)
+            log.close()
+
+
+def write_outcome(directory: Path, exit_code: int, reason: str, **fields: Any) -> None:
+    """Write how the attempt in `directory` ended, on whichever rank knows; the first to know is right.
+
+    When one rank fails, others fail because of it.
+    """
+    path = directory / "outcome.json"
+    if not path.exists():
+        record = {"exit_code": exit_code, "reason": reason, "time": time.time(), "attempt": int(directory.name)}
+        write_atomic(path, json.dumps(record | fields).encode())
+
+
+def _report_failure(directory: Path, world: World, error: Exception) -> None:
+    host = socket.gethostname()
+    if isinstance(error, UnhealthyNodeError):
+        if error.speaks(world.rank):
+            write_outcome(directory, ExitCode.UNHEALTHY_NODE, error.reason, hosts=error.hosts)
+        return
+    reason, place = f"{type(error).__name__}: {error}", {}
+    if not isinstance(error, PeerError):
+        place = {"rank": world.rank, "host": host, "phase": journal.failed_in, "step": journal.standing().step}
+        report = place | {"error": traceback.format_exception(error)}
+        write_atomic(directory / f"failure-{world.rank:05d}.json", json.dumps(report, indent=1).encode())
+        where = f"{place['phase']} of step {place['step']}" if place["step"] else place["phase"]
+        reason = f"rank {world.rank} on {host}, {where}: {reason}"
+    if world.rank == 0 or not world.failed_together:
+        write_outcome(directory, 1, reason, **place)
 
 
 def _open_log(config: RunConfig) -> RunLog:
@@ -208,4 +275,4 @@ def _record_environment(log: RunLog | None, world: World, device: torch.device) 
         return
     packages = {name: version(name) for name in ("torch", "deepspeed", "mpi4py", "zarr", "numpy")}
     environment = {"command": sys.argv, "python": sys.version.split()[0], "packages": packages, "ranks": ranks}
-    write_atomic(log.attempt_dir / "environment.json", json.dumps(environment, indent=1).encode())
+    write_atomic(log.attempt_dir / ENVIRONMENT, json.dumps(environment, indent=1).encode())

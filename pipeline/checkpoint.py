@@ -81,6 +81,7 @@ class CheckpointManifest:
         shapes: parameter name -> shape.
         fragments: parameter name -> [file, start, numel] of each piece, in order of start.
         files: file name -> {"bytes", "sha256"}.
+        loss_scale: state of the loss scaling; empty unless train.precision=fp16.
     """
 
     progress: Progress
@@ -92,6 +93,7 @@ class CheckpointManifest:
     shapes: dict[str, list[int]]
     fragments: dict[str, list[tuple[str, int, int]]]
     files: dict[str, dict[str, Any]]
+    loss_scale: dict[str, float] = field(default_factory=dict)
     format: str = field(default=FORMAT)
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -106,7 +108,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("step-????????") if path.is_dir())
 
 
-def save_checkpoint(
+def save_checkpoint(  # noqa: PLR0913 (what the manifest says comes from many places)
     run_dir: Path,
     world: World,
     fragments: Iterator[Fragment],
@@ -116,6 +118,7 @@ def save_checkpoint(
     config: dict[str, Any],
     data_fingerprint: str,
     tokenizer_sha256: str,
+    loss_scale: dict[str, float] | None = None,
 ) -> Path:
     """Write a checkpoint from every rank's fragments; a collective. Returns its directory.
 
@@ -145,6 +148,7 @@ def save_checkpoint(
                 shapes=shapes,
                 fragments=_merge_fragments(gathered),
                 files={file: entry for file, entry, *_ in gathered},
+                loss_scale=loss_scale or {},
             )
             _commit(partial, final, manifest)
     return final

@@ -19,16 +19,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.checkpoint import CheckpointConfig
+from pipeline.control import ControlConfig
 from pipeline.depth import DepthConfig
-from pipeline.engine import ZeroConfig
+from pipeline.engine import ZeroConfig, check_sharding
 from pipeline.errors import ConfigError
+from pipeline.launch import CommConfig
 from pipeline.loader import ONLY_DATASET, DataConfig
 from pipeline.model import ModelConfig
+from pipeline.node_check import NodeCheckConfig
 from pipeline.objective import ObjectiveConfig
 from pipeline.optim import OptimizerConfig
 from pipeline.pretrained import InitFromConfig
 from pipeline.schedules import ScheduleConfig
 from pipeline.train import TrainConfig
+from pipeline.validation import ValidationConfig, validation_rows
 
 CONFIGS = Path(__file__).parent / "configs"
 SCHEMA_VERSION = 1
@@ -54,7 +58,11 @@ class RunConfig:
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
     data: DataConfig
     train: TrainConfig
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    node_check: NodeCheckConfig = field(default_factory=NodeCheckConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -63,11 +71,8 @@ class RunConfig:
             raise ConfigError(f"schema_version: {self.schema_version} is not {SCHEMA_VERSION}, the one read here")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed: {self.seed} is not in [0, 2^63)")
-        if self.train.precision != "fp32" and self.zero.stage == 0:
-            raise ConfigError(
-                f"zero.stage: 0 keeps no float32 master weights for train.precision = {self.train.precision};"
-                " use zero.stage=1"
-            )
+        check_sharding(self.zero, self.comm, self.train.precision)
+        self.train.compile.check(self.zero.stage)
         if self.objective.jacobian_penalty > 0.0 and self.train.attention != "sdpa":
             raise ConfigError(
                 f"objective.jacobian_penalty: needs second derivatives, which train.attention = {self.train.attention}"
@@ -75,6 +80,8 @@ class RunConfig:
             )
         self.schedule.check_batch(self.train.global_batch_size)
         self.depth.check(self.train.steps, self.train.micro_batch_size)
+        if self.validation.every is not None:
+            validation_rows(self)  # refuses a budget that pays for none
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -127,6 +134,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     )
     if config.init_from.path is not None:
         config.init_from.path = str(Path(config.init_from.path).absolute())
+    if config.train.compile.cache_dir is not None:
+        config.train.compile.cache_dir = str(Path(config.train.compile.cache_dir).absolute())
     for dataset in config.data.train.values():
         dataset.path = str(Path(dataset.path).absolute())
     return config
@@ -209,7 +218,7 @@ def _to_run_config(tree: DictConfig) -> RunConfig:
     except ConfigKeyError as error:
         raise ConfigError(f"{error.full_key}: unknown key") from None
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
+        reason = (str(error.msg or error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{error.full_key or 'configuration'}: {reason}") from None
     _check_finite(dataclasses.asdict(config), "")
     return config

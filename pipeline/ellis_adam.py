@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from pipeline.journal import journal
 from pipeline.sharding import ShardedOptimizer, Views, decay
 
 
@@ -43,8 +44,11 @@ class EllisAdam(ShardedOptimizer):
                 square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
             square.clamp_(min=eps * eps)
             ratios[each.index] = (gradient.square() / square).sum()
-        if self._sharded:
-            torch.distributed.all_reduce(ratios)
+        if self._sharers is not None:
+            sums = ratios.to(self._sharers.device)
+            with journal.collective("all_reduce", sums.nbytes, self._sharers.name):
+                torch.distributed.all_reduce(sums, group=self._sharers.group)
+            ratios = sums.to(ratios.device)
         numels = torch.tensor([whole.shape.numel() for whole in group["tensors"]], device=ratios.device)
         rates = group["lr"] / (ratios / numels).sqrt().clamp(min=1.0) / (1.0 - beta1**step)
         root = math.sqrt(1.0 - beta2**step)

@@ -29,3 +29,22 @@ class CheckpointError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had started could not go on; its attempt directory says on which rank and why."""
+
+
+class UnhealthyNodeError(RuntimeError):
+    """Nodes that a run must not use; the message says what is wrong.
+
+    Attributes:
+        reason: what is wrong with which hosts, in words.
+        hosts: the names of the hosts to exclude, sorted; empty if it is all of several, which is no node's fault.
+        silent: ranks that do not answer any more, ascending; the lowest of the others speaks for all.
+    """
+
+    def __init__(self, reason: str, hosts: list[str], silent: list[int] | None = None) -> None:
+        self.reason, self.hosts, self.silent = reason, sorted(set(hosts)), sorted(silent or [])
+        advice = f"exclude {', '.join(self.hosts)} and submit again" if self.hosts else "no host can be singled out"
+        super().__init__(f"{reason}; {advice}")
+
+    def speaks(self, rank: int) -> bool:
+        """Return whether `rank` is the one that reports for all."""
+        return rank not in self.silent and all(other in self.silent for other in range(rank))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data_prep.manifest import Manifest
 from data_prep.shards import RowReader
@@ -18,9 +17,9 @@ from pipeline.accelerator import select_device
 from pipeline.checkpoint import CheckpointReader, resolve_checkpoint
 from pipeline.config import RunConfig, config_from_record
 from pipeline.errors import ConfigError
-from pipeline.loader import MicroBatch, read_micro_batch
-from pipeline.model import RecurrentDepthModel, reference_name, stream_key
-from pipeline.recurrence import Trace
+from pipeline.loader import read_micro_batch
+from pipeline.model import RecurrentDepthModel, reference_name
+from pipeline.validation import losses_at_depths
 
 _ROWS_PER_BATCH = 16
 
@@ -83,21 +82,22 @@ def evaluate_checkpoint(
             f" {config.model.block_size}; rebuild it with --sequence-length {config.model.block_size}"
         )
     rows = manifest.rows if max_rows is None else min(max_rows, manifest.rows)
-    losses = dict.fromkeys(depths, 0.0)
+    losses = torch.zeros(len(depths), dtype=torch.float64)
     traces, tokens = [], 0
     row_reader = RowReader(directory, manifest)
     for start in range(0, rows, _ROWS_PER_BATCH):
         samples = np.arange(start, min(start + _ROWS_PER_BATCH, rows), dtype=np.int64)
         batch = read_micro_batch(row_reader, manifest, samples, samples)
         tokens += batch.trained_tokens
-        trace = _add_losses(model, batch, losses, config, device)
+        added, trace = losses_at_depths(model, model, batch.to(device), depths, config)
+        losses += added.cpu()
         traces.append((len(samples), trace.to_lists()))
     row_reader.close()
     result = {
         **dataclasses.asdict(reader.manifest.progress),
         "checkpoint": str(reader.directory),
         "evaluated_tokens": tokens,
-        "loss": {str(depth): total / max(tokens, 1) for depth, total in losses.items()},
+        "loss": dict(zip(map(str, depths), (losses / max(tokens, 1)).tolist(), strict=True)),
         **{name: _weighted_mean(traces, name) for name in ("state_rms", "relative_residual")},
         "unigram_entropy": manifest.unigram_entropy,
         "mean_recurrence": config.depth.mean_recurrence,
@@ -105,23 +105,6 @@ def evaluate_checkpoint(
     if data is None and max_rows is None:
         _keep(reader, result)
     return result
-
-
-@torch.no_grad()
-def _add_losses(
-    model: RecurrentDepthModel, batch: MicroBatch, losses: dict[int, float], config: RunConfig, device: torch.device
-) -> Trace:
-    """Add the summed loss of a batch at every depth of `losses`; return what the loop did."""
-    trace = Trace(keep=frozenset(losses))
-    keys = [stream_key(config.seed, "evaluation", int(sample)) for sample in batch.samples]
-    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-    documents = batch.documents.to(device) if config.train.document_mask else None
-    state = model.initial_state(torch.tensor(keys, device=device), input_ids.shape[1])
-    model.latent(input_ids, state, (max(losses), 0), trace, documents)
-    for depth, state in trace.states.items():
-        logits = model.logits(state, documents).flatten(0, 1)
-        losses[depth] += float(F.cross_entropy(logits, labels.flatten(), reduction="sum"))
-    return trace
 
 
 def _weighted_mean(traces: list[tuple[int, dict[str, list[float]]]], name: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,32 +22,44 @@ class SequenceFlops:
         iteration: one pass through the core.
         state_product: the part of `iteration` that is a product of weights and the incoming state, whose gradient the
             first iteration after the cut does not need.
-        recomputes: whether the backward pass repeats each iteration's forward pass.
+        recomputed: what the backward pass of an iteration repeats of it (`train.activation_checkpointing`).
+        recomputed_outside: what it repeats of prelude and coda.
     """
 
     outside: float
     iteration: float
     state_product: float
-    recomputes: bool
+    recomputed: float
+    recomputed_outside: float
 
     def forward(self, recurrence: float) -> float:
         """Return the FLOPs of a forward pass with this many iterations."""
         return self.outside + recurrence * self.iteration
 
+    def model(self, depth: Depth) -> float:
+        """Return the FLOPs that the definition of the model asks for; a backward pass is twice its forward pass."""
+        return 3 * self.outside + (depth.n + 3 * depth.k) * self.iteration - self.state_product
+
     def training(self, depth: Depth) -> float:
-        """Return the FLOPs of forward and backward pass; a backward pass is twice its forward pass."""
-        with_gradient = 4 if self.recomputes else 3
-        return 3 * self.outside + (depth.n + with_gradient * depth.k) * self.iteration - self.state_product
+        """Return the FLOPs that the hardware does: those of the model, and what is computed again."""
+        return self.model(depth) + depth.k * self.recomputed + self.recomputed_outside
+
+    def mean(self, depths: Sequence[Depth]) -> tuple[float, float]:
+        """Return the means of `model` and `training` over `depths`."""
+        n, k = (sum(counts) / len(depths) for counts in zip(*depths, strict=True))
+        model = 3 * self.outside + (n + 3 * k) * self.iteration - self.state_product
+        return model, model + k * self.recomputed + self.recomputed_outside
 
 
 def sequence_flops(
-    model: ModelConfig, *, recomputes: bool = False, length: int | None = None, causal: bool = True
+    model: ModelConfig, activation_checkpointing: str = "none", *, length: int | None = None, causal: bool = True
 ) -> SequenceFlops:
     """Return what one sequence costs.
 
     Args:
         model: the shape.
-        recomputes: see `SequenceFlops`; `train.checkpoint_iterations`.
+        activation_checkpointing: as `train.activation_checkpointing`; `iteration` repeats the core, `block` its blocks
+            and those of prelude and coda, `selective` no product.
         length: tokens of the sequence; `model.block_size` if None.
         causal: count only the products that the causal mask leaves, half of them; else all, as torch's counter does.
     """
@@ -59,9 +72,12 @@ def sequence_flops(
     readout = square if model.injection == "diagonal" else 0.0
     state_product = square if model.injection == "concat" else 0.0
     head = 2.0 * tokens * width * model.vocab_size
+    core = model.n_layers_in_recurrent_block * layer
+    others = (model.n_layers_in_prelude + model.n_layers_in_coda) * layer
     return SequenceFlops(
-        outside=(model.n_layers_in_prelude + model.n_layers_in_coda) * layer + prepared + readout + head,
-        iteration=model.n_layers_in_recurrent_block * layer + state_product,
+        outside=others + prepared + readout + head,
+        iteration=core + state_product,
         state_product=state_product,
-        recomputes=recomputes,
+        recomputed={"iteration": core + state_product, "block": core}.get(activation_checkpointing, 0.0),
+        recomputed_outside=others if activation_checkpointing == "block" else 0.0,
     )

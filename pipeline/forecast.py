@@ -43,7 +43,7 @@ def forecast(config: RunConfig, steps: int, ranks: int = 1) -> dict[str, Any]:
     if not 1 <= steps <= config.train.steps:
         raise ConfigError(f"--steps {steps}: the run has train.steps = {config.train.steps}, from 1 on")
     config.train.check_world_size(ranks, config.schedule)
-    flops = sequence_flops(config.model, recomputes=config.train.checkpoint_iterations)
+    flops = sequence_flops(config.model, config.train.activation_checkpointing)
     stride = 1 if config.depth.scope == "lockstep" else -(-steps // _UNIT_STEPS)
     numbers = list(range(0, steps, stride))
     sizes = np.array([batch_size(config.schedule, config.train.global_batch_size, step) for step in numbers])

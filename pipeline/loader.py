@@ -101,6 +101,10 @@ class MicroBatch(NamedTuple):
         """Number of labels that count."""
         return int((self.labels != IGNORED).sum())
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the batch with what the model reads on `device`."""
+        return MicroBatch(self.samples, *(tensor.to(device) for tensor in self[1:]))
+
 
 class Share(NamedTuple):
     """What one rank takes of a global batch.

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.initialization import INITS, initialize
 from pipeline.loader import IGNORED
 from pipeline.objective import ObjectiveConfig, loss
+from pipeline.recompute import pass_block
 from pipeline.recurrence import Recurrence, Steps, Trace
 
 # The loop lives in one module, which keeps ZeRO stage 3 able to treat it as a single leaf; the reference has no
@@ -154,12 +155,12 @@ def _from_reference_names(module: nn.Module, state_dict: dict[str, Any], prefix:
 class Transformer(nn.Module):
     """All parameters but a head of its own; state dicts carry the reference's names."""
 
-    def __init__(self, config: ModelConfig, attention_backend: str, checkpoint_iterations: bool) -> None:
+    def __init__(self, config: ModelConfig, attention_backend: str, activation_checkpointing: str) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.prelude = build_blocks(config.n_layers_in_prelude, config, attention_backend)
         self.prelude_norm = RMSNorm(config.n_embd, config.norm_eps) if config.normalises_prelude else None
-        self.recurrence = Recurrence(config, attention_backend, checkpoint_iterations)
+        self.recurrence = Recurrence(config, attention_backend, activation_checkpointing)
         # Parcae's output projection of the state.
         diagonal = config.injection == "diagonal"
         self.readout = nn.Linear(config.n_embd, config.n_embd, bias=False) if diagonal else None
@@ -175,7 +176,7 @@ class RecurrentDepthModel(nn.Module):
     Args:
         config: the shape.
         attention_backend: see `kernels.attention`.
-        checkpoint_iterations: recompute each iteration in the backward pass instead of keeping its activations.
+        activation_checkpointing: what the backward pass computes again; see `pipeline.recompute`.
         objective: what `forward` returns if it is given labels.
 
     Attributes:
@@ -186,13 +187,13 @@ class RecurrentDepthModel(nn.Module):
         self,
         config: ModelConfig,
         attention_backend: str = "sdpa",
-        checkpoint_iterations: bool = False,
+        activation_checkpointing: str = "none",
         objective: ObjectiveConfig | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.objective = objective or ObjectiveConfig()
-        self.transformer = Transformer(config, attention_backend, checkpoint_iterations)
+        self.transformer = Transformer(config, attention_backend, activation_checkpointing)
         tied = config.tie_embeddings
         self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.cross_entropy = torch.full((), math.nan)
@@ -240,7 +241,7 @@ class RecurrentDepthModel(nn.Module):
             state = transformer.readout(state)
         x = transformer.ln_f(state)
         for block in transformer.coda:
-            x = block(x, positions)
+            x = pass_block(transformer.recurrence.activation_checkpointing, block, x, positions)
         head = transformer.wte if self.lm_head is None else self.lm_head
         return F.linear(transformer.ln_f(x), head.weight).float()
 
@@ -254,6 +255,9 @@ class RecurrentDepthModel(nn.Module):
         documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits (B, S, V), or the mean objective if `labels` are given; see `pipeline.objective.loss`.
+
+        With labels and a trace that keeps states: the summed cross-entropy of each of them (len(trace.keep),), from the
+        shallowest on.
 
         Args:
             input_ids: (B, S) int64, S <= block_size.
@@ -271,6 +275,9 @@ class RecurrentDepthModel(nn.Module):
             keys = (input_ids * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).sum(1)
             direction = truncated_normal(keys, embedded.shape[1], embedded.shape[2], 1.0)
         state, gain = self.transformer.recurrence(initial_state, embedded, positions, num_steps, trace, direction)
+        if labels is not None and trace is not None and trace.keep:
+            kept = (self.logits(trace.states[depth], documents) for depth in sorted(trace.keep))
+            return torch.stack([F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction="sum") for x in kept])
         logits = self.logits(state, documents)
         if labels is None:
             return logits
@@ -300,8 +307,9 @@ class RecurrentDepthModel(nn.Module):
         embedded: torch.Tensor = self.transformer.wte(input_ids)
         if self.config.scale_embedding:
             embedded = embedded * math.sqrt(self.config.n_embd)
+        policy = self.transformer.recurrence.activation_checkpointing
         for block in self.transformer.prelude:
-            embedded = block(embedded, positions)
+            embedded = pass_block(policy, block, embedded, positions)
         return embedded if self.transformer.prelude_norm is None else self.transformer.prelude_norm(embedded)
 
 

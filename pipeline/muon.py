@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed
 
-from pipeline.sharding import ShardedOptimizer, Views, decay
+from pipeline.journal import journal
+from pipeline.sharding import ShardedOptimizer, Sharers, Views, decay
 
 # Quintic whose iteration brings singular values in (0, 1] near 1 in five steps (Jordan et al., "Muon: an optimizer
 # for hidden layers in neural networks", 2024).
@@ -70,14 +71,16 @@ class Muon(ShardedOptimizer):
         """Return this rank's pieces of the orthogonalised matrices, of which `pieces` are its pieces."""
         shapes = [whole.shape for whole in group["tensors"]]
         steps = group["newton_schulz_steps"]
-        if not self._sharded:
+        if self._sharers is None:
             return {i: orthogonalize(piece.view(shapes[i]), steps).reshape(-1) for i, piece in pieces.items()}
         if self._exchange is None:
             places = [self._pieces.get(whole.name) for whole in group["tensors"]]
             spans = [(0, 0) if place is None else (place.start, place.numel) for place in places]
-            self._exchange = _Exchange(shapes, spans, group["params"][0].device)
+            self._exchange = _Exchange(shapes, spans, self._sharers)
         matrices = self._exchange.gather(pieces)
-        return self._exchange.scatter({index: orthogonalize(matrix, steps) for index, matrix in matrices.items()})
+        directions = {index: orthogonalize(matrix, steps) for index, matrix in matrices.items()}
+        home = group["params"][0].device
+        return {index: piece.to(home) for index, piece in self._exchange.scatter(directions).items()}
 
 
 def _adam(group: dict[str, Any], views: Views) -> None:
@@ -96,15 +99,17 @@ class _Exchange:
     Args:
         shapes: shape of every matrix.
         spans: (start, numel) of this rank's piece of every matrix; numel 0 for none.
-        device: where the pieces are.
+        sharers: the ranks that hold the pieces.
     """
 
-    def __init__(self, shapes: list[torch.Size], spans: list[tuple[int, int]], device: torch.device) -> None:
-        self._shapes, self._device = shapes, device
-        self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        own = torch.tensor(spans, device=device)
+    def __init__(self, shapes: list[torch.Size], spans: list[tuple[int, int]], sharers: Sharers) -> None:
+        self._shapes, self._group, self._name, self._device = shapes, sharers.group, sharers.name, sharers.device
+        self._rank = torch.distributed.get_rank(self._group)
+        self._world = torch.distributed.get_world_size(self._group)
+        own = torch.tensor(spans, device=self._device)
         everyone = [torch.empty_like(own) for _ in range(self._world)]
-        torch.distributed.all_gather(everyone, own)
+        with journal.collective("all_gather", own.nbytes * self._world, self._name):
+            torch.distributed.all_gather(everyone, own, group=self._group)
         self._spans = [each.tolist() for each in everyone]
         self._owners = owners(shapes, self._world)
         numels = [span[1] for span in spans]
@@ -144,9 +149,10 @@ class _Exchange:
         return [((i, start), piece) for (i, start, _), piece in zip(addresses, pieces, strict=True)]
 
     def _all_to_all(self, outgoing: list[torch.Tensor], send: list[int], receive: list[int]) -> torch.Tensor:
-        buffer = torch.cat(outgoing) if outgoing else torch.empty(0, device=self._device)
+        buffer = torch.cat(outgoing).to(self._device) if outgoing else torch.empty(0, device=self._device)
         received = torch.empty(sum(receive), device=self._device)
-        torch.distributed.all_to_all_single(received, buffer, receive, send)
+        with journal.collective("all_to_all_single", buffer.nbytes, self._name):
+            torch.distributed.all_to_all_single(received, buffer, receive, send, group=self._group)
         return received
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.blocks import Positions, build_blocks
 from pipeline.injection import build_injection
+from pipeline.recompute import pass_block, recomputed, selectively_recomputed
 
 if TYPE_CHECKING:
     from pipeline.model import ModelConfig
@@ -64,14 +64,31 @@ class Trace:
         }
 
 
-class Recurrence(nn.Module):
-    """The core: s_i = blocks(injection(s_(i-1), e)), iterated n times without gradient and then k times with it."""
+class _WithGradient(torch.autograd.Function):
+    """The state as it is, but with a gradient, which goes nowhere."""
 
-    def __init__(self, config: ModelConfig, attention_backend: str, checkpoint_iterations: bool) -> None:
+    @staticmethod
+    def forward(ctx: object, state: torch.Tensor, injected: torch.Tensor) -> torch.Tensor:
+        return state.clone()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Recurrence(nn.Module):
+    """The core: s_i = blocks(injection(s_(i-1), e)), iterated n times without gradient and then k times with it.
+
+    Attributes:
+        compiled: `kept_iterate` compiled (`pipeline.compilation`), if the loop shall use that.
+    """
+
+    def __init__(self, config: ModelConfig, attention_backend: str, activation_checkpointing: str) -> None:
         super().__init__()
-        self.checkpoint_iterations = checkpoint_iterations
+        self.activation_checkpointing = activation_checkpointing
         self.adapter = build_injection(config.injection, config.n_embd)
         self.core_block = build_blocks(config.n_layers_in_recurrent_block, config, attention_backend)
+        self.compiled: Callable[[torch.Tensor, torch.Tensor, Positions], torch.Tensor] | None = None
 
     def iterate(self, state: torch.Tensor, injected: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Apply the core once to state (B, S, H); `injected` is what the injection prepared of the prelude's output."""
@@ -79,6 +96,20 @@ class Recurrence(nn.Module):
         for block in self.core_block:
             state = block(state, positions)
         return state
+
+    def kept_iterate(self, state: torch.Tensor, injected: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Do as `iterate`, keeping for the backward pass what `train.activation_checkpointing` says."""
+        policy = self.activation_checkpointing if torch.is_grad_enabled() else "none"
+        if policy == "iteration":
+            return recomputed(self.iterate, state, injected, positions)
+        if policy == "selective":
+            return selectively_recomputed(self.iterate, state, injected, positions)
+        if policy == "block":
+            state = self.adapter(state, injected)
+            for block in self.core_block:
+                state = pass_block(policy, block, state, positions)
+            return state
+        return self.iterate(state, injected, positions)
 
     def forward(
         self,
@@ -120,9 +151,12 @@ class Recurrence(nn.Module):
         deepest = steps.count(steps[0])
         without, with_gradient = (list(counts) for counts in zip(*steps, strict=True))
         with torch.no_grad():
-            state = self._iterate_each(state, injected, positions, without, deepest, trace)
+            state = self._iterate_each(state, injected.detach(), positions, without, deepest, trace)
         # Weights that autocast keeps from iterations without gradient would cut it off in the others (torch < 2.10).
         torch.clear_autocast_cache()
+        if self.compiled is not None and injected.requires_grad:
+            # The first iteration then is the same graph as the others; it costs one product of the adapter.
+            state = cast(torch.Tensor, _WithGradient.apply(state, injected))  # type: ignore[no-untyped-call]
         return self._iterate_each(state, injected, positions, with_gradient, deepest, trace)
 
     def _iterate_each(
@@ -136,19 +170,17 @@ class Recurrence(nn.Module):
     ) -> torch.Tensor:
         """Iterate sequence b `counts[b]` times, which descend; trace the first `deepest` sequences."""
         assert counts == sorted(counts, reverse=True)
+        step = self.compiled or self.kept_iterate
         finished: list[torch.Tensor] = []
         for iteration in range(1, counts[0] + 1):
             active = sum(count >= iteration for count in counts)
             if active < len(state):
                 finished.append(state[active:])
-                state, injected, positions = state[:active], injected[:active], positions.of(slice(active))
+                # Compiled code tells views from tensors of their own, and would have a graph for each.
+                prefix = slice(active) if self.compiled is None else torch.arange(active, device=state.device)
+                state, injected, positions = state[prefix], injected[prefix], positions.of(prefix)
             before = state
-            if self.checkpoint_iterations and torch.is_grad_enabled():
-                state = checkpoint(
-                    self.iterate, state, injected, positions, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                state = self.iterate(state, injected, positions)
+            state = step(state, injected, positions)
             if trace is not None:
                 trace.record(before[:deepest], state[:deepest])
         return torch.cat([state, *reversed(finished)]) if finished else state

@@ -73,6 +73,21 @@ class Views:
     state: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharers:
+    """The ranks among which tensors are cut.
+
+    Attributes:
+        group: their process group.
+        name: what the journal calls it.
+        device: where their messages must be; pieces may lie in host memory (offload) beside an accelerator.
+    """
+
+    group: Any
+    name: str
+    device: torch.device
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of optimizers with per-tensor rules. Until `place` is called every parameter is one whole tensor.
 
@@ -88,16 +103,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
             for whole, parameter in zip(group["tensors"], group["params"], strict=True)
         }
-        self._sharded = False
+        self._sharers: Sharers | None = None
 
-    def place(self, pieces: dict[str, Piece], *, sharded: bool) -> None:
+    def place(self, pieces: dict[str, Piece], sharers: Sharers | None) -> None:
         """Learn where the tensors lie.
 
         Args:
             pieces: name -> this rank's piece, for the tensors of which it has one.
-            sharded: whether the ranks of the process group hold different pieces; if not, nothing is communicated.
+            sharers: the ranks that hold the other pieces; None if the pieces are whole, and nothing is communicated.
         """
-        self._pieces, self._sharded = pieces, sharded
+        self._pieces, self._sharers = pieces, sharers
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

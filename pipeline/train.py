@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,10 @@ import torch
 
 from data_prep.world import World
 from kernels.attention import BACKENDS
-from monitoring.runlog import Record, RunLog
-from pipeline.accelerator import synchronize
+from monitoring.runlog import Record
+from pipeline.accounting import Accounting
 from pipeline.agenda import Agenda, Step
-from pipeline.attempt import attempt, prepare
+from pipeline.attempt import Attempt, Start, attempt, prepare, record_unhealthy_start
 from pipeline.checkpoint import (
     WEIGHT,
     CheckpointReader,
@@ -30,32 +29,39 @@ from pipeline.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from pipeline.depth import Depth
+from pipeline.compilation import CompileConfig, use_compiled_core
+from pipeline.control import Cause, Flag, RunControl, StopSignals
 from pipeline.engine import (
     allocate_optimizer_state,
     build_engine,
+    check_precision,
     local_fragments,
-    optimizer_step,
+    loss_scale_state,
     owned_fragments,
     publish_weights,
-    set_accumulation,
-    set_learning_rate,
-    start_process_group,
-    stop_process_group,
+    restore_loss_scale,
+    step_skipped,
 )
-from pipeline.errors import ConfigError, ExitCode
-from pipeline.loader import Loader, MicroBatch, TrainingData
-from pipeline.model import RecurrentDepthModel, reference_name, stream_key
-from pipeline.objective import goldfish_labels
+from pipeline.errors import ConfigError, ExitCode, UnhealthyNodeError
+from pipeline.journal import journal
+from pipeline.launch import start_process_group, stop_process_group
+from pipeline.model import RecurrentDepthModel, reference_name
+from pipeline.node_check import check_demands, check_nodes
 from pipeline.optim import build_optimizer
 from pipeline.pretrained import load_pretrained
+from pipeline.profiling import ProfileConfig, StepProfiler
+from pipeline.recompute import POLICIES
 from pipeline.recurrence import Trace
+from pipeline.step import Stepper
+from pipeline.timing import StepClock
+from pipeline.validation import Validation
+from pipeline.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.schedules import ScheduleConfig
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(kw_only=True)
@@ -69,25 +75,33 @@ class TrainConfig:
     micro_batch_size: int
     """Sequences of one forward pass on one rank; the rest of the batch is accumulated."""
     precision: str = "bf16"
-    """fp32, or bf16 with float32 master weights and gradient sums."""
+    """fp32, or bf16 or fp16 with float32 master weights and gradient sums; fp16 scales the loss."""
     attention: str = "sdpa"
     """Attention backend: sdpa, or flash where flash-attn is installed."""
-    checkpoint_iterations: bool = False
-    """Recompute each iteration of the core in the backward pass instead of keeping its activations."""
+    activation_checkpointing: str = "none"
+    """What of the core the backward pass computes again: none, each iteration, each block, or selective (all but
+    matrix products and attention)."""
+    compile: CompileConfig = field(default_factory=CompileConfig)
     document_mask: bool = False
     """Hide the documents of a row from each other; needs attention sdpa."""
     probe_every: int = 10
     """Steps between measurements of the recurrent state on one micro-batch."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
         for name in ("steps", "global_batch_size", "micro_batch_size", "probe_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: {getattr(self, name)} is not positive")
+        self.profile.check(self.steps)
         if self.precision not in PRECISIONS:
             raise ConfigError(f"train.precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.attention not in BACKENDS:
             raise ConfigError(f"train.attention: {self.attention!r} is not one of {', '.join(BACKENDS)}")
+        if self.activation_checkpointing not in POLICIES:
+            raise ConfigError(
+                f"train.activation_checkpointing: {self.activation_checkpointing!r} is not one of {', '.join(POLICIES)}"
+            )
         if self.attention == "flash" and self.precision == "fp32":
             raise ConfigError("train.attention: flash needs train.precision=bf16; use sdpa for fp32")
         if self.attention == "flash" and self.document_mask:
@@ -131,25 +145,68 @@ def train(
         RunError: a rank found its input damaged in mid-run.
     """
     with StopSignals() as signals:
+        control = RunControl(config.control, world, signals)
         start = prepare(config, world)
         saved = Progress() if start.reader is None else start.reader.manifest.progress
         if saved.step >= config.train.steps:
             return ExitCode.FINISHED, f"finished before, at step {saved.step}; nothing to do"
-        device = start_process_group(world)
-        try:
-            run = Training(config, world, start.data, device, fresh=start.reader is None)
-            with closing(run), attempt(config, world, device, start) as log:
-                run.begin(start.reader, log)
-                code, reason = run.loop(signals, on_step)
-                if log is not None:
-                    log.outcome(code, reason, step=run.progress.step)
-        finally:
+        with _process_group(config, world) as device, attempt(config, world, device, start) as place:
+            watchdog = Watchdog(config.control, world, journal, place.directory)
+            with (
+                watchdog,
+                Training(config, world, start, device, place, control, watchdog) as run,
+                journal.phase("between steps"),
+            ):
+                ending = run.loop(on_step)
+            if place.log is not None:
+                place.log.outcome(ending.code, ending.reason, step=run.progress.step, **ending.fields)
+    return ending.code, ending.reason
+
+
+@contextmanager
+def _process_group(config: RunConfig, world: World) -> Iterator[torch.device]:
+    """Yield this rank's device, with the collective library and the journals at work."""
+    try:
+        device = start_process_group(world, config.comm)
+    except UnhealthyNodeError as error:
+        record_unhealthy_start(config, world, error)
+        raise
+    try:
+        world.note = journal.collective
+        journal.share(world)
+        journal.watch_deepspeed()
+        with world.guard("precision"):
+            check_precision(config.train.precision, device)
+        check_demands(config.node_check, world, device, Path(config.run_dir))
+        yield device
+    except Exception:
+        # Where one rank alone has failed the others wait in a collective: to leave would take as long, or tell them
+        # of a broken connection before they are ended with this rank's message.
+        if world.size == 1 or world.failed_together:
             stop_process_group()
-    return code, reason
+        raise
+    stop_process_group()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a loop ended.
+
+    Attributes:
+        code: the exit code.
+        reason: why, in words.
+        fields: what outcome.json says beside it.
+    """
+
+    code: ExitCode
+    reason: str
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 class Training:
-    """A run in progress on one rank.
+    """A run in progress on one rank; a context that ends what reads ahead.
+
+    The checkpoint that it starts from, if any, may be of any world size and ZeRO stage.
 
     Attributes:
         progress: counters of the completed steps.
@@ -159,47 +216,62 @@ class Training:
         self,
         config: RunConfig,
         world: World,
-        data: TrainingData,
+        start: Start,
         device: torch.device,
-        *,
-        fresh: bool,
+        place: Attempt,
+        control: RunControl,
+        watchdog: Watchdog,
     ) -> None:
         self.progress = Progress()
-        self._config, self._world, self._data, self._device = config, world, data, device
-        self._log: RunLog | None = None
+        self._config, self._world, self._data, self._device = config, world, start.data, device
+        self._log, self._control, self._watchdog = place.log, control, watchdog
         self._run_dir = Path(config.run_dir)
-        self._loader = Loader(data, config.train.micro_batch_size)
+        self._profiler = StepProfiler(config.train.profile, place.directory if world.rank == 0 else None, world.rank)
+        with watchdog.limit(config.control.hang_start_minutes * 60.0):
+            with journal.phase("node check"):
+                place.note(node_check=check_nodes(config.node_check, world, device, self._run_dir))
+            with journal.phase("build"):
+                self._build(fresh=start.reader is None)
+            if start.reader is not None:
+                with journal.phase("load"):
+                    self._restore(start.reader)
+        self._first = self.progress.step
+
+    def _build(self, *, fresh: bool) -> None:
+        config, world = self._config, self._world
         self._agenda = Agenda(config, world.rank, world.size)
-        with device:
+        with self._device:
             model = RecurrentDepthModel(
-                config.model, config.train.attention, config.train.checkpoint_iterations, config.objective
+                config.model, config.train.attention, config.train.activation_checkpointing, config.objective
             )
+        self._kernels = use_compiled_core(config, model, self._device) if config.train.compile.enabled else None
+        if self._kernels is not None and self._kernels.passed_over is not None:
+            self._event("kernels_passed_over", reason=self._kernels.passed_over)
         model.init_weights(config.seed, config.depth.mean_recurrence)
-        self._left_fresh: list[str] = []
         if fresh and config.init_from.path is not None:
             with world.guard("init_from"):
-                self._left_fresh = load_pretrained(config, model)
+                left_fresh = load_pretrained(config, model)
+            self._event("init_from", path=config.init_from.path, not_in_it=left_fresh)
         self._shapes = {reference_name(name): list(value.shape) for name, value in model.named_parameters()}
         self._engine = build_engine(
             model,
             build_optimizer(config.optimizer, model),
-            stage=config.zero.stage,
+            zero=config.zero,
+            comm=config.comm,
             precision=config.train.precision,
             gradient_clipping=config.optimizer.gradient_clipping,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
+            world=world,
         )
-
-    def begin(self, reader: CheckpointReader | None, log: RunLog | None) -> None:
-        """Log to `log`, if any, and take weights, optimizer state and counters from a checkpoint, if any.
-
-        The checkpoint may be of any world size and ZeRO stage.
-        """
-        self._log = log
-        if reader is not None:
-            self._restore(reader)
-        elif self._config.init_from.path is not None:
-            self._event("init_from", path=self._config.init_from.path, not_in_it=self._left_fresh)
+        self._clock = StepClock(self._device)
+        self._stepper = Stepper(
+            config, self._engine, self._data, self._control, self._watchdog, self._clock, self._device
+        )
+        if self._kernels is not None:
+            self._stepper.warm_up(self._data.manifests[0].sequence_length)
+        self._validation = Validation(config, world, self._device)
+        self._accounting = Accounting(config, self._data.manifests[0].sequence_length, world.size, self._device)
 
     def _restore(self, reader: CheckpointReader) -> None:
         manifest = reader.manifest
@@ -211,122 +283,146 @@ class Training:
                 fragment.weight.copy_(reader.slice(fragment.parameter, WEIGHT, fragment.start, numel))
                 for name, tensor in fragment.optimizer_state.items():
                     tensor.copy_(reader.slice(fragment.parameter, name, fragment.start, numel))
+            restore_loss_scale(self._engine, manifest.loss_scale)
         publish_weights(self._engine)
         self.progress = manifest.progress
 
-    def close(self) -> None:
-        """End what reads ahead."""
-        self._loader.close()
+    def __enter__(self) -> Training:
+        return self
 
-    def loop(self, signals: StopSignals, on_step: Callable[[Record], None]) -> tuple[ExitCode, str]:
-        """Train to the last step, a stop signal or a non-finite loss; return how it ended and why."""
+    def __exit__(self, *exception: object) -> None:
+        self._stepper.close()
+        self._validation.close()
+
+    def loop(self, on_step: Callable[[Record], None]) -> Ending:
+        """Train to the last step, an agreement to end, or a non-finite loss; return how it ended and why."""
+        ending = self._train(on_step)
+        self._end_profile()
+        return ending
+
+    def _train(self, on_step: Callable[[Record], None]) -> Ending:
         config = self._config
         while self.progress.step < config.train.steps:
             tokens_before = self.progress.tokens
-            record, stop_requests = self._step(signals.received)
+            record, cause = self._step()
             trained = self.progress.tokens > tokens_before
             if not trained:
                 self._event("no_targets", step=record["step"], reason="loss masks leave out every token of the batch")
+            # Loss scaling looks for the largest scale that does not overflow; without it nothing may.
+            skipped = config.train.precision == "fp16" and step_skipped(self._engine)
+            if skipped:
+                self._event("loss_scale", step=record["step"], **loss_scale_state(self._engine))
+            if self._validation.due(self.progress.step) and cause is None:  # a run that is told to end may have no time
+                record |= self._validate()
+            record["phases"] = self._accounting.phases(self._clock)
             if self._log is not None:
                 self._log.step(record)
                 on_step(record)
-            if not (math.isfinite(record["grad_norm"]) and (math.isfinite(record["loss"]) or not trained)):
-                return ExitCode.DIVERGED, self._diverged(record)
+            finite = math.isfinite(record["grad_norm"]) and (math.isfinite(record["loss"]) or not trained)
+            if not finite and not skipped:
+                return self._diverged(record, cause)
+            if self.progress.step in config.train.profile.steps[1:]:
+                self._end_profile()
+            stop = cause if cause is not None and cause.flag is not Flag.NON_FINITE else None
             finished = self.progress.step == config.train.steps
-            if stop_requests or finished or self.progress.step % config.checkpoint.every == 0:
+            if stop or finished or self.progress.step % config.checkpoint.every == 0:
                 self._save()
-            if stop_requests and not finished:
-                self._event("stop_signal", step=record["step"], ranks=stop_requests)
-                return ExitCode.STOPPED, f"stop signal on {stop_requests} rank(s), saved at step {record['step']}"
-        return ExitCode.FINISHED, "all steps done"
+            elif self.progress.step == self._first + 1:
+                self._keep_kernels()
+            if stop and not finished:
+                return self._stopped(stop)
+        return Ending(ExitCode.FINISHED, "all steps done")
 
-    def _step(self, stop: bool) -> tuple[Record, int]:
-        """Do one optimizer step; return its record and the number of ranks that were asked to stop."""
-        config, number, started = self._config, self.progress.step, time.perf_counter()
-        upcoming = self._agenda.upcoming(number, self.progress.samples, config.data.prefetch)
+    def _step(self) -> tuple[Record, Cause | None]:
+        """Do one step; return its record, and why all ranks agreed to end after it, if they did."""
+        config, number, started = self._config, self.progress.step + 1, time.perf_counter()
+        upcoming = self._agenda.upcoming(number - 1, self.progress.samples, config.data.prefetch)
         step = upcoming[0]
-        set_learning_rate(self._engine, step.learning_rate)
-        trace = Trace() if self._log is not None and (number + 1) % config.train.probe_every == 0 else None
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        tokens, gradient_norm = 0, math.nan
-        batches = self._batches(upcoming)
-        set_accumulation(self._engine, len(batches))
-        counts = [batch.trained_tokens for batch in batches]
-        mean_tokens = self._mean_trained_tokens(counts)
-        for index, (batch, depth, trained) in enumerate(zip(batches, step.depths, counts, strict=True)):
-            objective = self._forward(batch, depth, trace if index == 0 else None)
-            # Every token of the global batch weighs the same, however padding and masks fall on micro-batches.
-            self._engine.backward(objective * (trained / mean_tokens))
-            loss_sum += self._engine.module.cross_entropy.double() * trained
-            gradient_norm = optimizer_step(self._engine, config.optimizer.gradient_clipping)
-            tokens += trained
-        synchronize(self._device)
-        total_loss, total_tokens, stop_requests = self._world.sum(np.array([float(loss_sum), tokens, stop]))
+        trace = Trace() if self._log is not None and number % config.train.probe_every == 0 else None
+        self._profiler.before(number)
+        result = self._stepper.do(number, upcoming, trace)
         seconds = time.perf_counter() - started
         self.progress = Progress(
-            step=number + 1,
+            step=number,
             samples=self.progress.samples + step.share.batch_size,
-            tokens=self.progress.tokens + int(total_tokens),
+            tokens=self.progress.tokens + result.tokens,
         )
         record: Record = {
             **dataclasses.asdict(self.progress),
             "time": time.time(),
-            "loss": total_loss / total_tokens if total_tokens else math.nan,
-            "grad_norm": gradient_norm,
+            "loss": result.loss_sum / result.tokens if result.tokens else math.nan,
+            "grad_norm": result.gradient_norm,
             "lr": step.learning_rate,
             **_depth_record(step),
             "seconds": seconds,
-            "tokens_per_second": total_tokens / seconds,
+            "tokens_per_second": result.tokens / seconds,
+            **self._accounting.record(step, seconds),
             **(trace.to_lists() if trace is not None else {}),
         }
-        return record, int(stop_requests)
+        return record, result.cause
 
-    def _batches(self, upcoming: list[Step]) -> list[MicroBatch]:
-        """Return the micro-batches of the first of these steps, while those of the others are read."""
-        share, *ahead = (step.share for step in upcoming)
-        batches = self._loader.micro_batches(share, ahead)
-        objective = self._config.objective
-        return [batch._replace(labels=goldfish_labels(batch.labels, batch.input_ids, objective)) for batch in batches]
+    def _validate(self) -> Record:
+        started, limit = time.perf_counter(), self._watchdog.limit(self._config.control.hang_save_minutes * 60.0)
+        with limit, journal.phase("validation"), self._clock("validation"):
+            record = self._validation.run(self._engine.module, self._engine.module)
+        self._control.validation_seconds = time.perf_counter() - started
+        return record
 
-    def _diverged(self, record: Record) -> str:
+    def _end_profile(self) -> None:
+        """Write the profile, if one is being recorded; the other ranks wait, lest they take rank 0 for hanging."""
+        limit = self._watchdog.limit(self._config.control.hang_save_minutes * 60.0)
+        with limit, journal.phase("profile"), self._world.guard("profile"):
+            path = self._profiler.stop()
+        if path is not None:
+            self._event("profile", step=self.progress.step, path=str(path.relative_to(self._run_dir)))
+
+    def _stopped(self, cause: Cause) -> Ending:
+        fields = _fields(cause)
+        self._event("stop", step=self.progress.step, **fields)
+        return Ending(ExitCode.STOPPED, f"{cause}, saved at step {self.progress.step}", fields)
+
+    def _diverged(self, record: Record, cause: Cause | None) -> Ending:
         reason = f"loss {record['loss']} and gradient norm {record['grad_norm']} at step {record['step']}"
-        self._event("non_finite", step=record["step"], reason=reason)
+        fields = {} if cause is None else _fields(cause)
+        if cause is not None and cause.flag is Flag.NON_FINITE:
+            reason += f", {cause} first" if cause.ranks > 1 else f", {cause} alone"
+        self._event("non_finite", step=record["step"], reason=reason, **fields)
         saved = list_checkpoints(self._run_dir)
         # Weights may have been blown up, though finite, when they were saved.
         advice = f"; if that fails at once, move {saved[-1].name} away first" if saved else ""
-        return f"{reason}; start again with a lower optimizer.learning_rate{advice}"
-
-    def _forward(self, batch: MicroBatch, depth: Depth | list[Depth], trace: Trace | None) -> torch.Tensor:
-        keys = torch.tensor([stream_key(self._config.seed, "state", int(sample)) for sample in batch.samples])
-        state = self._engine.module.initial_state(keys.to(self._device), batch.input_ids.shape[1])
-        input_ids, labels = batch.input_ids.to(self._device), batch.labels.to(self._device)
-        documents = batch.documents.to(self._device) if self._config.train.document_mask else None
-        objective: torch.Tensor = self._engine(input_ids, state, depth, labels, trace, documents)
-        return objective
-
-    def _mean_trained_tokens(self, counts: list[int]) -> float:
-        """Return the mean number of trained tokens of a micro-batch, over all ranks; `counts` are this rank's."""
-        own = np.array([sum(counts), len(counts)], dtype=np.float64)
-        known = self._data.trains_on_all and self._config.objective.goldfish == 0
-        tokens, number = own if known else self._world.sum(own)
-        return float(max(tokens, 1.0) / number)
+        return Ending(ExitCode.DIVERGED, f"{reason}; start again with a lower optimizer.learning_rate{advice}", fields)
 
     def _save(self) -> None:
         started = time.perf_counter()
-        path = save_checkpoint(
-            self._run_dir,
-            self._world,
-            owned_fragments(self._engine, self._world.rank),
-            self._shapes,
-            progress=self.progress,
-            config=dataclasses.asdict(self._config),
-            data_fingerprint=self._data.mixture.fingerprint(self.progress.samples),
-            tokenizer_sha256=self._data.tokenizer_sha256,
+        limit = self._watchdog.limit(self._config.control.hang_save_minutes * 60.0)
+        with limit, journal.phase("save"), self._clock("checkpoint"):
+            path = save_checkpoint(
+                self._run_dir,
+                self._world,
+                owned_fragments(self._engine, self._world.rank),
+                self._shapes,
+                progress=self.progress,
+                config=dataclasses.asdict(self._config),
+                data_fingerprint=self._data.mixture.fingerprint(self.progress.samples),
+                tokenizer_sha256=self._data.tokenizer_sha256,
+                loss_scale=loss_scale_state(self._engine),
+            )
+            with self._world.guard("checkpoint removal"):  # the others wait for rank 0 here, and not in the next step
+                keep_last, mine = self._config.checkpoint.keep_last, self._log is not None
+                removed = prune_checkpoints(self._run_dir, path, keep_last) if mine else []
+                self._keep_kernels()
+        self._control.save_seconds = time.perf_counter() - started
+        self._event(
+            "checkpoint", step=self.progress.step, path=path.name, removed=removed, seconds=self._control.save_seconds
         )
-        if self._log is not None:
-            removed = prune_checkpoints(self._run_dir, path, self._config.checkpoint.keep_last)
-            seconds = time.perf_counter() - started
-            self._event("checkpoint", step=self.progress.step, path=path.name, removed=removed, seconds=seconds)
+
+    def _keep_kernels(self) -> None:
+        """Keep what was compiled for the next start; a run does not end because that cannot be written."""
+        if self._log is not None and self._kernels is not None:
+            try:
+                self._kernels.publish()
+            except OSError as error:
+                self._event("kernels_not_kept", step=self.progress.step, reason=str(error))
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._log is not None:
@@ -341,23 +437,6 @@ def _depth_record(step: Step) -> Record:
     return {"num_steps": mean, **several}
 
 
-class StopSignals:
-    """Turns SIGTERM, SIGUSR1 and SIGINT into a flag; the ranks agree on it at the end of a step."""
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        with suppress(ValueError):  # only the main thread may install handlers
-            self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = True
+def _fields(cause: Cause) -> dict[str, Any]:
+    """Return what events and outcomes say of a cause."""
+    return {**dataclasses.asdict(cause), "flag": cause.flag.name.lower()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,10 @@ import typer
 import rookery.checkpoints
 import rookery.data
 import rookery.depth
+import rookery.plan
 import rookery.samples
-from data_prep.world import World
-from pipeline.errors import ExitCode
+from data_prep.world import Control, World
+from pipeline.errors import ExitCode, UnhealthyNodeError
 from rookery.display import training_display
 
 app = typer.Typer(
@@ -28,10 +30,12 @@ app = typer.Typer(
 app.add_typer(rookery.data.app, name="data")
 app.add_typer(rookery.checkpoints.app, name="checkpoints")
 app.command()(rookery.depth.depth)
+app.command()(rookery.plan.plan)
 rookery.data.app.command()(rookery.samples.order)
 rookery.data.app.command()(rookery.samples.show)
 
 INTERRUPTED = 130
+_SECONDS_TO_SPEAK = 5.0
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a YAML file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -46,7 +50,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a run, or resume it from its newest intact checkpoint; under mpiexec or srun, on all ranks."""
-    world = World.discover()
+    world = World.discover(_connect_without_mpi)
     with world.guard("configuration"):
         from pipeline.config import load_config
         from pipeline.train import train as run_training
@@ -122,6 +126,12 @@ def smoke(
     raise typer.Exit(run_smoke(workdir))
 
 
+def _connect_without_mpi() -> Control:
+    from pipeline.gloo_control import connect
+
+    return connect()
+
+
 def _require_one_rank(command: str) -> None:
     world = World.discover()
     with world.guard(command):
@@ -137,22 +147,21 @@ def main() -> int:
         return app(standalone_mode=False) or 0
     except typer.TyperException as error:
         # Every rank has the same arguments, so every rank is here.
-        if error.format_message() and World.discover().rank == 0:  # no arguments: the help has been printed
+        if error.format_message() and _world_or_alone().rank == 0:  # no arguments: the help has been printed
             print(f"rookery: {error.format_message()} (see `rookery --help`)", file=sys.stderr)
         return ExitCode.BAD_INPUT
     except (typer.Abort, KeyboardInterrupt):
-        World.discover().abort(INTERRUPTED)
+        _world_or_alone().abort(INTERRUPTED)
         return INTERRUPTED
     except Exception as error:
         return _report_failure(error)
 
 
 def _report_failure(error: Exception) -> int:
+    world = _world_or_alone()
+    if isinstance(error, UnhealthyNodeError):
+        return _report_unhealthy_node(error, world)
     code = int(ExitCode.BAD_INPUT) if isinstance(error, ValueError) else 1
-    try:
-        world = World.discover()
-    except ValueError:  # the launcher and MPI disagree, which is the error itself
-        world = World()
     if world.rank == 0 or not world.failed_together:
         if code == ExitCode.BAD_INPUT:
             print(f"rookery: {error}", file=sys.stderr, flush=True)
@@ -161,3 +170,20 @@ def _report_failure(error: Exception) -> int:
     if not world.failed_together:
         world.abort(code)
     return code
+
+
+def _world_or_alone() -> World:
+    try:
+        return World.discover()
+    except ValueError:  # the launcher and MPI disagree, or there is no MPI
+        return World()
+
+
+def _report_unhealthy_node(error: UnhealthyNodeError, world: World) -> int:
+    if error.speaks(world.rank):
+        print(f"rookery: unhealthy node: {error}", file=sys.stderr, flush=True)
+    elif not world.failed_together:
+        time.sleep(_SECONDS_TO_SPEAK)  # the one that speaks ends the others
+    if not world.failed_together:
+        world.abort(ExitCode.UNHEALTHY_NODE)
+    return ExitCode.UNHEALTHY_NODE

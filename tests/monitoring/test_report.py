@@ -109,6 +109,23 @@ def test_a_probe_newer_than_every_evaluation_is_shown_instead(tmp_path: Path) ->
     assert "training probe" in rms["hovertemplate"]
 
 
+def test_a_validation_of_the_loop_is_an_evaluation_where_there_is_no_other(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run", steps=120)
+    for attempt in (run_dir / "metrics").glob("*.jsonl"):
+        records = [json.loads(line) for line in attempt.read_text().splitlines()]
+        for record in records:
+            if record["step"] in (110, 120):
+                record["validation"] = {"8": 2.5, "1": 3.0}
+        attempt.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = _write([run_dir], tmp_path / "report.html")
+    lines = _traces(page, "loss-depth", "evaluation")
+    assert [line["customdata"][0] for line in lines] == [[110], [50], [120]]  # the newest comes last, over the others
+    assert lines[-1]["x"] == [1, 2, 4, 8, 16]  # of step 120 it is the evaluation
+    validated = next(line for line in lines if line["customdata"][0] == [110])
+    assert (validated["x"], validated["y"]) == ([1, 8], [3.0, 2.5])
+    assert "6.3000" in _Elements(page).text  # the unigram entropy, which validations do not know
+
+
 def test_runs_overlay_and_are_told_apart_by_name(tmp_path: Path) -> None:
     runs = [build_run(tmp_path / "a" / "smoke"), build_run(tmp_path / "b" / "smoke", seed=1)]
     page = _write(runs, tmp_path / "report.html")

@@ -31,7 +31,9 @@ def small_model(
     seed: int = 0, *, checkpointed: bool = False, objective: ObjectiveConfig | None = None, **changes: Any
 ) -> RecurrentDepthModel:
     model = RecurrentDepthModel(
-        small_config(**changes), checkpoint_iterations=checkpointed, objective=objective or ObjectiveConfig()
+        small_config(**changes),
+        activation_checkpointing="iteration" if checkpointed else "none",
+        objective=objective or ObjectiveConfig(),
     )
     model.init_weights(seed, mean_recurrence=4)
     return model

@@ -49,7 +49,7 @@ def test_the_run_directory_follows_the_name_and_paths_mean_the_same_from_anywher
         (["trian.steps=3"], r"trian: unknown key \(did you mean 'train'\?\)"),
         (["train.steps=many"], r"train\.steps: Value 'many' of type 'str' could not be converted to Integer"),
         (["train.steps=2.5"], r"train\.steps: .*2\.5"),
-        (["train.checkpoint_iterations=perhaps"], r"train\.checkpoint_iterations: .*perhaps"),
+        (["train.activation_checkpointing=perhaps"], r"train\.activation_checkpointing: .*perhaps.*selective"),
         (["optimizer.learning_rate=null"], r"optimizer\.learning_rate: "),
         (["depth=3"], r"depth: 3 is not a section"),
         (["model=tinny"], r"no model preset 'tinny' \(did you mean 'tiny'\?\)"),

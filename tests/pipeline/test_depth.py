@@ -146,7 +146,7 @@ def test_curricula_move_the_mean_and_the_limit() -> None:
     ],
 )
 def test_curricula_save_core_passes(ramp: RampConfig, saving: float) -> None:
-    core = SequenceFlops(outside=0.0, iteration=1.0, state_product=0.0, recomputes=True)
+    core = SequenceFlops(outside=0.0, iteration=1.0, state_product=0.0, recomputed=1.0, recomputed_outside=0.0)
 
     def cost(config: DepthConfig) -> float:
         drawn = DepthSchedule(config, 3).lockstep(range(10_000)).tolist()

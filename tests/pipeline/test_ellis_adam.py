@@ -63,6 +63,6 @@ def test_tensors_without_a_piece_here_are_left_to_other_ranks() -> None:
     whole = Whole(name="a", shape=torch.Size([4]), decays=False)
     group = {"params": [parameter], "tensors": [whole], "state_names": EllisAdam.STATE, "lr": 1.0, "weight_decay": 0.0}
     optimizer = EllisAdam([group | {"betas": (0.9, 0.95), "eps": 1e-6}])
-    optimizer.place({}, sharded=False)
+    optimizer.place({}, None)
     optimizer.step()
     assert torch.equal(parameter.data, torch.ones(4))

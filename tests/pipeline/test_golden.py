@@ -16,10 +16,10 @@ EXPECTED = load_file(GOLDEN / "expected.safetensors")
 TOLERANCE = 1e-5
 
 
-def golden_model(*, checkpoint_iterations: bool = False) -> RecurrentDepthModel:
+def golden_model(*, activation_checkpointing: str = "none") -> RecurrentDepthModel:
     record = json.loads((GOLDEN / "config.json").read_text())
     config = ModelConfig(**{name: record[name] for name in ModelConfig.__dataclass_fields__ if name in record})
-    model = RecurrentDepthModel(config, checkpoint_iterations=checkpoint_iterations)
+    model = RecurrentDepthModel(config, activation_checkpointing=activation_checkpointing)
     weights = load_file(GOLDEN / "weights.safetensors")
     torch.testing.assert_close(model.rotary(64, torch.device("cpu")), weights.pop("freqs_cis"))
     assert torch.equal(weights.pop("lm_head.weight"), weights["transformer.wte.weight"])
@@ -53,9 +53,9 @@ def test_logits_stay_close_in_bf16(depth: int) -> None:
     assert float((logits - expected).norm() / expected.norm()) < 2e-2
 
 
-@pytest.mark.parametrize("checkpoint_iterations", [False, True])
-def test_truncated_backprop_loss_and_every_gradient_agree(checkpoint_iterations: bool) -> None:
-    model = golden_model(checkpoint_iterations=checkpoint_iterations)
+@pytest.mark.parametrize("activation_checkpointing", ["none", "iteration", "block", "selective"])
+def test_truncated_backprop_loss_and_every_gradient_agree(activation_checkpointing: str) -> None:
+    model = golden_model(activation_checkpointing=activation_checkpointing)
     loss = model(EXPECTED["input_ids"], EXPECTED["initial_state"], (3, 2), EXPECTED["labels"])
     loss.backward()
     assert relative_error(loss, EXPECTED["loss.n3.k2"][0]) < TOLERANCE

@@ -1,0 +1,257 @@
+"""One agreement of all ranks a step: the loss, and whether and why the run has to end here.
+
+What one rank alone knows (a signal, the clock, a loss that is not finite, a damaged row) becomes a decision of all
+ranks at the same step. The sums are begun as soon as what they carry is known and awaited when it is needed, so that
+the ranks meet while they compute.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from data_prep.world import PendingSum, World
+
+_SQUEUE_SECONDS = 20
+
+
+@dataclass(kw_only=True)
+class ControlConfig:
+    """When a run ends itself: before its time is over, and when a rank hangs."""
+
+    time_limit_minutes: float | None = None
+    """Time from the start of this attempt to its end; null: what SLURM grants, else no limit."""
+    stop_margin_seconds: float = 120.0
+    """Least time before the end at which the run saves and stops; more where saves or steps take long."""
+    watchdog: bool = True
+    """End the run with a report when a rank hangs; false under a debugger."""
+    hang_factor: float = 10.0
+    """A step hangs when it takes this many times the fitted cost of its depth."""
+    hang_floor_seconds: float = 120.0
+    """No step hangs before this time."""
+    hang_start_minutes: float = 30.0
+    """Limit of building and loading, and of each of the first steps, which may compile."""
+    hang_save_minutes: float = 30.0
+    """Limit of a checkpoint, and of a validation."""
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        if self.time_limit_minutes is not None and self.time_limit_minutes <= 0.0:
+            raise ConfigError(f"control.time_limit_minutes: {self.time_limit_minutes} is not positive; use null")
+        if self.stop_margin_seconds < 0.0:
+            raise ConfigError(f"control.stop_margin_seconds: {self.stop_margin_seconds} is negative")
+        if self.hang_factor <= 1.0:
+            raise ConfigError(f"control.hang_factor: {self.hang_factor} is not above 1; steps take their cost")
+        for name in ("hang_floor_seconds", "hang_start_minutes", "hang_save_minutes"):
+            if getattr(self, name) <= 0.0:
+                raise ConfigError(f"control.{name}: {getattr(self, name)} is not positive")
+
+
+class Flag(IntEnum):
+    """Why a run has to end, the more important first."""
+
+    NON_FINITE = 0
+    SIGNAL = 1
+    TIME_LEFT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why the run ends, as the lowest rank that knows of it said.
+
+    Attributes:
+        flag: the kind of reason.
+        detail: in words: the signal's name, the time left, the loss.
+        rank: that rank.
+        host: its host.
+        ranks: number of ranks that raised the flag.
+    """
+
+    flag: Flag
+    detail: str
+    rank: int
+    host: str
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.detail} on rank {self.rank} ({self.host})"
+
+
+class Counts:
+    """The sums of what the ranks are about to train on, under way.
+
+    Where all ranks train on alike nothing is asked, and a failure here is for the caller to raise.
+    """
+
+    def __init__(
+        self, world: World, step: int, own: tuple[int, int], failure: Exception | None, *, alike: bool
+    ) -> None:
+        if alike and failure is not None:
+            raise failure
+        self._world, self._step, self._failure = world, step, failure
+        self._known = (own[0] * world.size, own[1] * world.size)
+        values = np.array([*own, failure is not None], dtype=np.float64)
+        self._pending = None if alike else world.start_sum(values)
+
+    def wait(self) -> tuple[int, int]:
+        """Return (trained tokens, micro-batches) over all ranks.
+
+        Raises:
+            PeerError, or this rank's own failure: a rank could not read its part; on every rank.
+        """
+        if self._pending is None:
+            return self._known
+        tokens, batches, failures = self._pending.wait()
+        if failures:
+            with self._world.guard(f"data of step {self._step}"):
+                if self._failure is not None:
+                    raise self._failure
+        return int(tokens), int(batches)
+
+
+class Agreement:
+    """What the ranks say about one step, under way."""
+
+    def __init__(self, world: World, loss_sum: float, flags: Mapping[Flag, str]) -> None:
+        self._world, self._flags = world, dict(flags)
+        raised = [float(flag in flags) for flag in Flag]
+        self._pending: PendingSum = world.start_sum(np.array([loss_sum, *raised]))
+
+    def wait(self) -> tuple[float, Cause | None]:
+        """Return the sum of the losses, and the most important cause to end here, if any; the same on all ranks."""
+        loss_sum, *raised = self._pending.wait().tolist()
+        flag = next((flag for flag in Flag if raised[flag]), None)
+        if flag is None:
+            return loss_sum, None
+        said = self._world.allgather((socket.gethostname(), self._flags.get(flag)))
+        rank = next(rank for rank, (_, detail) in enumerate(said) if detail is not None)
+        host, detail = said[rank]
+        return loss_sum, Cause(flag=flag, detail=str(detail), rank=rank, host=host, ranks=int(raised[flag]))
+
+
+class RunControl:
+    """What this rank says in the agreements.
+
+    Args:
+        config: the margin before the end, and the time limit if it is set.
+        world: the ranks; the clock of rank 0 alone counts.
+        signals: what this process was sent.
+
+    Attributes:
+        save_seconds: how long the last checkpoint took; set by whoever saves.
+        validation_seconds: how long the last validation took, likewise.
+    """
+
+    def __init__(self, config: ControlConfig, world: World, signals: StopSignals) -> None:
+        self._world, self._signals, self._margin = world, signals, config.stop_margin_seconds
+        self.save_seconds = self.validation_seconds = 0.0
+        self._end: float | None = None
+        if world.rank == 0:
+            seconds = seconds_left(os.environ) if config.time_limit_minutes is None else config.time_limit_minutes * 60
+            self._end = None if seconds is None else time.monotonic() + seconds
+
+    def count(self, step: int, own: tuple[int, int], failure: Exception | None, *, alike: bool) -> Counts:
+        """Begin to sum up what the ranks train on in `step`.
+
+        Args:
+            step: its number.
+            own: trained tokens and micro-batches of this rank.
+            failure: why this rank could not read them, None if it could.
+            alike: whether every rank has as many of both, so that nobody needs to ask.
+        """
+        return Counts(self._world, step, own, failure, alike=alike)
+
+    def agree(self, loss_sum: float, longest_step: float) -> Agreement:
+        """Begin the agreement on a step whose loss is known, while its update is not yet done.
+
+        Args:
+            loss_sum: summed losses of this rank's tokens.
+            longest_step: seconds of the longest of the last steps.
+        """
+        flags = {
+            Flag.NON_FINITE: None if math.isfinite(loss_sum) else f"loss {loss_sum}",
+            Flag.SIGNAL: self._signals.received,
+            Flag.TIME_LEFT: self._time_left(longest_step),
+        }
+        return Agreement(self._world, loss_sum, {flag: said for flag, said in flags.items() if said is not None})
+
+    def _time_left(self, longest_step: float) -> str | None:
+        """Return how much time is left, in words, if a step with its validation and two saves may not fit into it."""
+        if self._end is None:
+            return None
+        left = self._end - time.monotonic()
+        if left > longest_step + self.validation_seconds + max(self._margin, 2.0 * self.save_seconds + longest_step):
+            return None
+        return f"{max(left, 0.0):.0f} s left of the job's time"
+
+
+def seconds_left(environment: Mapping[str, str]) -> float | None:
+    """Return how many seconds SLURM leaves to this job, None outside a job, without a limit or if nobody can say."""
+    with suppress(KeyError, ValueError):
+        return float(environment["SLURM_JOB_END_TIME"]) - time.time()
+    job, squeue = environment.get("SLURM_JOB_ID"), shutil.which("squeue")
+    if job is None or squeue is None:
+        return None
+    try:
+        asked = subprocess.run(
+            [squeue, "-h", "-j", job, "-o", "%L"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_SQUEUE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_time_left(asked.stdout.strip())
+
+
+def parse_time_left(text: str) -> float | None:
+    """Return the seconds that squeue's %L, [days-][hours:]minutes:seconds, stands for; None for words."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGUSR1 and SIGINT into a flag; the ranks agree on it at the end of a step.
+
+    Attributes:
+        received: name of the first signal that arrived, None before.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        with suppress(ValueError):  # only the main thread may install handlers
+            self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = self.received or signal.Signals(number).name

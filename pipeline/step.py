@@ -1,0 +1,180 @@
+"""One optimizer step of one rank: data, forward, backward, optimizer, control, in this order and each on its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pipeline.accelerator import synchronize
+from pipeline.agenda import Step
+from pipeline.control import Agreement, Cause, Counts, RunControl
+from pipeline.depth import Depth
+from pipeline.engine import optimizer_step, set_accumulation, set_learning_rate
+from pipeline.journal import journal
+from pipeline.loader import Loader, MicroBatch, TrainingData
+from pipeline.model import stream_key
+from pipeline.objective import goldfish_labels
+from pipeline.recurrence import Trace
+from pipeline.timing import StepClock
+from pipeline.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step came to, the same on all ranks.
+
+    Attributes:
+        loss_sum: the losses of all trained tokens, summed.
+        tokens: number of these tokens.
+        gradient_norm: of the whole gradient, before clipping.
+        cause: why all ranks agreed to end after this step, None if they go on.
+    """
+
+    loss_sum: float
+    tokens: int
+    gradient_norm: float
+    cause: Cause | None
+
+
+class Stepper:
+    """Does the steps of a run on one rank.
+
+    Args:
+        config: the resolved configuration.
+        engine: the model and its optimizer.
+        data: the training data.
+        control: what this rank agrees on with the others.
+        watchdog: ends the run if a step takes too long.
+        clock: counts the time of each phase.
+        device: this rank's.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Any,
+        data: TrainingData,
+        control: RunControl,
+        watchdog: Watchdog,
+        clock: StepClock,
+        device: torch.device,
+    ) -> None:
+        self._config, self._engine, self._device = config, engine, device
+        self._control, self._watchdog, self._clock = control, watchdog, clock
+        self._loader = Loader(data, config.train.micro_batch_size)
+        self._alike = data.trains_on_all and config.objective.goldfish == 0
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        self._loader.close()
+
+    def do(self, number: int, upcoming: list[Step], trace: Trace | None) -> StepResult:
+        """Do the first of the `upcoming` steps, while the data of the others are read; a collective.
+
+        Args:
+            number: its number, from 1.
+            upcoming: the step and those after it.
+            trace: records the recurrent state of the first micro-batch.
+
+        Raises:
+            PeerError: another rank could not read its data.
+        """
+        step = upcoming[0]
+        with self._watchdog.step(len(step.depths), *_iterations(step)), journal.phase("step", number):
+            batches, counts = self._read(number, upcoming)
+            set_learning_rate(self._engine, step.learning_rate)
+            set_accumulation(self._engine, len(batches))
+            result = self._optimize(step, batches, counts, trace)
+        return result
+
+    def _read(self, number: int, upcoming: list[Step]) -> tuple[list[MicroBatch], Counts]:
+        """Return this rank's micro-batches, and the sums over all ranks of what is in them, under way."""
+        share, *ahead = (step.share for step in upcoming)
+        objective, batches = self._config.objective, list[MicroBatch]()
+        failure: Exception | None = None
+        try:
+            with self._phase("data"):
+                batches = [
+                    batch._replace(labels=goldfish_labels(batch.labels, batch.input_ids, objective))
+                    for batch in self._loader.micro_batches(share, ahead)
+                ]
+        except Exception as error:  # where the ranks meet now anyway, the others learn of it there
+            failure = error
+        own = (sum(batch.trained_tokens for batch in batches), len(batches))
+        counts = self._control.count(number, own, failure, alike=self._alike)
+        if failure is not None:
+            self._await(counts)
+        return batches, counts
+
+    def _optimize(self, step: Step, batches: list[MicroBatch], counts: Counts, trace: Trace | None) -> StepResult:
+        losses = torch.zeros((), dtype=torch.float64, device=self._device)
+        tokens, mean_tokens, gradient_norm = 0, math.nan, math.nan
+        agreement: Agreement | None = None
+        for index, (batch, depth) in enumerate(zip(batches, step.depths, strict=True)):
+            if index == 0 and self._config.zero.stage == 3:  # its forward pass is a collective already
+                tokens, mean_tokens = self._await(counts)
+            with self._phase("forward"):
+                objective = self._forward(batch, depth, trace if index == 0 else None)
+            if index == 0 and self._config.zero.stage < 3:
+                tokens, mean_tokens = self._await(counts)
+            with self._phase("backward"):
+                # Every token of the global batch weighs the same, however padding and masks fall on micro-batches.
+                self._engine.backward(objective * (batch.trained_tokens / mean_tokens))
+                losses += self._engine.module.cross_entropy.double() * batch.trained_tokens
+            if index == len(batches) - 1:  # its sum travels during the update
+                agreement = self._control.agree(float(losses), self._watchdog.longest_step)
+            with self._phase("optimizer"):
+                gradient_norm = optimizer_step(self._engine, self._config.optimizer.gradient_clipping)
+        synchronize(self._device)
+        assert agreement is not None
+        with self._phase("control"):
+            loss_sum, cause = agreement.wait()
+        return StepResult(loss_sum=loss_sum, tokens=tokens, gradient_norm=gradient_norm, cause=cause)
+
+    @torch.no_grad()
+    def warm_up(self, length: int) -> None:
+        """Compile what an iteration without gradient needs, before the steps, whose time is limited by their cost.
+
+        Args:
+            length: tokens of a sequence.
+        """
+        module, train = self._engine.module, self._config.train
+        sizes = {1, train.micro_batch_size} if self._config.depth.scope == "per_sequence" else {train.micro_batch_size}
+        for size in sizes:
+            ids = torch.zeros(size, length, dtype=torch.int64, device=self._device)
+            state = module.initial_state(torch.arange(size, device=self._device), length)
+            module(ids, state, (1, 0), documents=ids if train.document_mask else None)
+
+    def _forward(self, batch: MicroBatch, depth: Depth | list[Depth], trace: Trace | None) -> torch.Tensor:
+        keys = torch.tensor([stream_key(self._config.seed, "state", int(sample)) for sample in batch.samples])
+        state = self._engine.module.initial_state(keys.to(self._device), batch.input_ids.shape[1])
+        input_ids, labels = batch.input_ids.to(self._device), batch.labels.to(self._device)
+        documents = batch.documents.to(self._device) if self._config.train.document_mask else None
+        objective: torch.Tensor = self._engine(input_ids, state, depth, labels, trace, documents)
+        return objective
+
+    def _await(self, counts: Counts) -> tuple[int, float]:
+        """Return the trained tokens of all ranks, and their mean over the micro-batches, of at least one token."""
+        with self._phase("control"):
+            tokens, batches = counts.wait()
+        return tokens, max(tokens, 1) / batches
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        with journal.phase(name), self._clock(name):
+            yield
+
+
+def _iterations(step: Step) -> tuple[float, float]:
+    """Return the iterations without and with gradient of one rank's micro-batches, as the mean rank has them."""
+    without, with_gradient = np.mean(step.drawn, axis=0) * len(step.depths)
+    return float(without), float(with_gradient)
