@@ -105,6 +105,7 @@ def start_process_group(world: World, comm: CommConfig | None = None) -> torch.d
     # DeepSpeed would probe compilers and build a shared-memory operator for CPU inference: a minute that looks like a
     # hang, and buffers in /dev/shm that outlive a killed rank. Training uses none of its compiled operators.
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    _import_without_compiling()
     limit = timedelta(minutes=comm.timeout_minutes)
     torch.distributed.init_process_group(
         communication_backend(device), store=store, rank=world.rank, world_size=world.size, timeout=limit
@@ -113,6 +114,17 @@ def start_process_group(world: World, comm: CommConfig | None = None) -> torch.d
         dist_backend=communication_backend(device), auto_mpi_discovery=False, verbose=False, timeout=limit
     )
     return device
+
+
+def _import_without_compiling() -> None:
+    """Import DeepSpeed's Muon, which is not ours: it would load PyTorch's compiler, two seconds of every start."""
+    import deepspeed.runtime.compiler as compiler
+
+    compile_, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_
 
 
 def stop_process_group() -> None:

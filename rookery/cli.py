@@ -36,6 +36,7 @@ rookery.data.app.command()(rookery.samples.show)
 
 INTERRUPTED = 130
 _SECONDS_TO_SPEAK = 5.0
+_SECONDS_TO_FORWARD = 1.0  # a launcher that is told to abort drops what it has not yet read
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a YAML file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -168,6 +169,8 @@ def _report_failure(error: Exception) -> int:
         else:
             traceback.print_exception(error)
     if not world.failed_together:
+        if world.size > 1:
+            time.sleep(_SECONDS_TO_FORWARD)
         world.abort(code)
     return code
 

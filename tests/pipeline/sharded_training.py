@@ -113,6 +113,8 @@ SUITES = {
         Case(name="ellis_adam-resumed", stage=3, kind="ellis_adam", offload=True, resumes="ellis_adam-2"),
         Case(name="muon-resumed", stage=1, kind="muon", offload=True, resumes="muon-2"),
         Case(name="muon-back", stage=3, kind="muon", resumes="muon-resumed"),
+        Case(name="bf16-world", stage=1, precision="bf16"),
+        Case(name="bf16-node", stage=1, scope="node", precision="bf16"),
     ],
     "four": [
         *_WORLD,
@@ -126,8 +128,6 @@ SUITES = {
         Case(name="offload-3", stage=3, scope="node", offload=True),
         Case(name="ellis_adam-1", stage=1, scope="node", kind="ellis_adam"),
         Case(name="muon-3", stage=3, scope="node", kind="muon"),
-        Case(name="bf16-world", stage=1, precision="bf16"),
-        Case(name="bf16-node", stage=1, scope="node", precision="bf16"),
     ],
     "fp16": [
         Case(name="fp16-1", stage=1, precision="fp16"),
