@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.tokenizer import Tokenizer
 from pipeline.checkpoint import resolve_checkpoint
 from pipeline.errors import CheckpointError
-from pipeline.evaluate import load_model
+from pipeline.evaluate import evaluate_checkpoint, load_model
 from pipeline.export import load_export
 from tests.ranks import rookery
 
@@ -38,8 +38,8 @@ def test_eval_measures_every_depth_and_keeps_the_result(trained: Path) -> None:
 
 
 def test_a_later_eval_adds_its_depths(trained: Path) -> None:
-    for depths in ("1,4,8", "2"):
-        assert rookery("eval", "run", "--depths", depths, "--json", cwd=trained).returncode == 0
+    for depths in ([1, 4, 8], [2]):
+        evaluate_checkpoint(trained / "run", depths)
     kept = json.loads((trained / "run/eval/step-00000008.json").read_text())
     assert list(kept["loss"]) == ["1", "2", "4", "8"]
     assert len(kept["state_rms"]) == 8
