@@ -119,7 +119,7 @@ class Validation:
             return
         directory = Path(config.data.validation)
         with world.guard("validation dataset"):
-            found = Manifest.load(directory) if world.rank == 0 else None
+            found = Manifest.read(directory) if world.rank == 0 else None  # `prepare` has looked for its shards
         manifest = world.broadcast(found)
         assert manifest is not None
         with world.guard("validation dataset"):

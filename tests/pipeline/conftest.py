@@ -26,16 +26,20 @@ checkpoint: {every: 4, keep_last: 2}
 """
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with tokenizer/ (512 tokens), data/train, data/validation (rows of 33) and test.yaml."""
-    root = tmp_path_factory.mktemp("corpus")
+def write_corpus(root: Path) -> Path:
+    """Fill a directory with tokenizer/ (512 tokens), data/train, data/validation (rows of 33) and test.yaml."""
     texts = (path.read_text(encoding="utf-8") for path in sorted((STDLIB / "json").glob("*.py")))
     save_tokenizer(train_tokenizer(texts, 512), root / "tokenizer")
     build_dataset([STDLIB / "json"], root / "tokenizer", 32, root / "data" / "train", World())
     build_dataset([STDLIB / "wsgiref"], root / "tokenizer", 32, root / "data" / "validation", World())
     (root / "test.yaml").write_text(CONFIG)
     return root
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as `write_corpus` fills it."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -43,6 +43,24 @@ def small_batch(rows: int, seed: int = 0, length: int = 12) -> torch.Tensor:
     return torch.randint(0, 32, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def kept_bytes(model: RecurrentDepthModel, ids: torch.Tensor, labels: torch.Tensor, k: int) -> int:
+    """Bytes of all storages that autograd keeps between the passes of k iterations, but the weights'."""
+    known = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    state = model.initial_state(torch.arange(len(ids)), ids.shape[1])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, state, (0, k), labels)
+    assert torch.isfinite(loss)
+    return sum(kept.values())
+
+
 def injected(model: RecurrentDepthModel, state: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
     """The injections as they are defined."""
     adapter, kind = model.transformer.recurrence.adapter, model.config.injection

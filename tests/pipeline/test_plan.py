@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.model import RecurrentDepthModel, build_meta_model, count_parameters
 from pipeline.plan import _measure, activation_bytes, plan, state_bytes
 from pipeline.recompute import POLICIES
+from tests.pipeline.small_models import kept_bytes
 
 SMALL = [
     "model.n_embd=64",
@@ -33,21 +34,8 @@ def kept_for_the_backward_pass(config: RunConfig, policy: str, k: int) -> int:
     """Bytes of all storages that autograd of a real pass keeps, but the weights'."""
     model = RecurrentDepthModel(config.model, activation_checkpointing=policy)
     model.init_weights(0, 4)
-    known = {parameter.data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     ids = torch.zeros(2, 64, dtype=torch.int64)
-    state = model.initial_state(torch.arange(2), 64)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(ids, state, (0, k), ids)
-    assert torch.isfinite(loss)
-    return sum(kept.values())
+    return kept_bytes(model, ids, ids, k)
 
 
 @pytest.mark.parametrize("policy", ["none", "iteration", "block"])

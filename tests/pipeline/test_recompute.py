@@ -13,7 +13,7 @@ from pipeline.model import RecurrentDepthModel
 from pipeline.objective import ObjectiveConfig
 from pipeline.recompute import POLICIES
 from pipeline.recurrence import Steps
-from tests.pipeline.small_models import small_batch, small_config
+from tests.pipeline.small_models import kept_bytes, small_batch, small_config
 
 CASES: dict[str, tuple[Steps, bool, float]] = {
     "lockstep": ((2, 3), False, 0.0),
@@ -48,20 +48,7 @@ def saved_bytes(policy: str, k: int) -> int:
     model = RecurrentDepthModel(small_config(), activation_checkpointing=policy)
     model.init_weights(0, 4)
     ids = small_batch(4)
-    known = {parameter.data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    state = model.initial_state(torch.arange(4), 12)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(ids, state, (0, k), ids.roll(-1, 1))
-    assert torch.isfinite(loss)
-    return sum(kept.values())
+    return kept_bytes(model, ids, ids.roll(-1, 1), k)
 
 
 def test_an_iteration_keeps_its_state_alone_and_a_block_its_inputs() -> None:

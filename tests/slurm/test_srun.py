@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-from data_prep.build import build_dataset
-from data_prep.tokenizer import save_tokenizer, train_tokenizer
-from data_prep.world import World
 from monitoring.runlog import read_metrics
-from tests.pipeline.conftest import CONFIG
+from tests.pipeline.conftest import write_corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,14 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a small dataset and the configuration test.yaml that trains on it."""
-    root = tmp_path_factory.mktemp("srun")
-    library = Path(sysconfig.get_path("stdlib"))
-    texts = (path.read_text(encoding="utf-8") for path in sorted((library / "json").glob("*.py")))
-    save_tokenizer(train_tokenizer(texts, 512), root / "tokenizer")
-    build_dataset([library / "json"], root / "tokenizer", 32, root / "data" / "train", World())
-    build_dataset([library / "wsgiref"], root / "tokenizer", 32, root / "data" / "validation", World())
-    (root / "test.yaml").write_text(CONFIG)
-    return root
+    return write_corpus(tmp_path_factory.mktemp("srun"))
 
 
 TRAINING = ["-m", "rookery", "train", "test.yaml", "train.steps=1", "train.micro_batch_size=1"]
