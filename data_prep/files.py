@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -16,7 +17,7 @@ from data_prep.errors import DataError
 def refuse_existing(out: Path) -> None:
     """Raise a DataError if `out` exists: nothing that is there is ever overwritten."""
     if out.exists() or out.is_symlink():
-        raise DataError(f"{out}: already exists and is never overwritten; remove it or name another --out")
+        raise DataError(f"{out}: already exists and is never overwritten; remove it or name another directory")
 
 
 def partial_directory(out: Path) -> Path:
@@ -32,7 +33,7 @@ def partial_directory(out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        raise DataError(f"{partial}: cannot be created ({error.strerror}); name an --out you may write to") from error
+        raise DataError(f"{out}: cannot be created ({error.strerror}); name a directory you may write to") from error
     return partial
 
 
@@ -78,6 +79,22 @@ def published_directory(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def published_output(out: Path) -> Iterator[Path]:
+    """`published_directory` for what a person has named, and has to name anew if it does not fit.
+
+    Raises:
+        DataError: `out` exists or cannot be made, or there is no room for it.
+    """
+    try:
+        with published_directory(out) as partial:
+            yield partial
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(f"{out}: cannot be written ({error.strerror}); make room or name another directory") from error
 
 
 def file_sha256(path: Path) -> str:

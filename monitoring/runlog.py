@@ -13,12 +13,19 @@ import json
 import math
 import os
 import time
-from io import FileIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
+from monitoring.append_log import AppendLog
+
 Record = dict[str, Any]
+
+MOST_WAITING_STEPS = 100_000
+"""Step records that wait in memory while the log cannot be written, about 1 KB each; then the oldest are dropped."""
 
 # JSON has no non-finite numbers; every language's number parser reads these strings.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -31,35 +38,44 @@ class RunLogError(ValueError):
 class RunLog:
     """The writing end, held by rank 0 alone.
 
+    A record that cannot be written, because the disk is full or for whatever else the system says, waits in memory for
+    the next record, and training goes on. What still waits when the process ends is lost.
+
     Attributes:
         run_dir: the run's directory.
         attempt: number of this attempt, from 1.
         attempt_dir: `run_dir/attempts/NNNN`, for whatever else belongs to this attempt.
     """
 
-    def __init__(self, run_dir: Path, attempt: int, metrics: FileIO, events: FileIO) -> None:
+    def __init__(
+        self, run_dir: Path, attempt: int, metrics: AppendLog, events: AppendLog, on_problem: Callable[[str], None]
+    ) -> None:
         self.run_dir = run_dir
         self.attempt = attempt
         self.attempt_dir = _attempt_dir(run_dir, attempt)
-        self._metrics = metrics
-        self._events = events
+        self._metrics, self._events, self._on_problem = metrics, events, on_problem
+        self._turn = Lock()
 
     @classmethod
-    def open(cls, run_dir: Path) -> RunLog:
+    def open(cls, run_dir: Path, on_problem: Callable[[str], None] = lambda problem: None) -> RunLog:
         """Start the next attempt, numbered after the highest there is; files of older attempts stay untouched.
+
+        Args:
+            run_dir: the run's directory; made if it is not there.
+            on_problem: told why, when records begin to wait.
 
         Raises:
             RunLogError: the directory cannot be written, or another process starts the same attempt.
         """
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            events = _open_append(_events_path(run_dir))
-            _lock(events, run_dir)
+            _make(run_dir)
+            events = AppendLog(_events_path(run_dir))
+            _lock(events.fileno(), run_dir)
             attempt = max(attempts(run_dir), default=0) + 1
             for folder in ("attempts", "metrics"):
                 (run_dir / folder).mkdir(exist_ok=True)
             _attempt_dir(run_dir, attempt).mkdir()
-            metrics = _open_append(_metrics_path(run_dir, attempt))
+            metrics = AppendLog(_metrics_path(run_dir, attempt), MOST_WAITING_STEPS)
         except FileExistsError as error:
             raise RunLogError(
                 f"cannot start an attempt in {run_dir}: {error.filename} is already there; if another job is starting"
@@ -70,32 +86,77 @@ class RunLog:
                 f"cannot start an attempt in {run_dir}: {error.strerror} ({error.filename}); choose a run directory"
                 " that you can write"
             ) from error
-        return cls(run_dir, attempt, metrics, events)
+        return cls(run_dir, attempt, metrics, events, on_problem)
+
+    @property
+    def waiting(self) -> int:
+        """Number of records that are not on their way to the disk."""
+        return self._metrics.waiting + self._events.waiting
+
+    @property
+    def problem(self) -> str | None:
+        """Why records wait, in words; None if all is well."""
+        return self._metrics.problem or self._events.problem
 
     def step(self, record: Record) -> None:
         """Append the record of one completed step; `attempt` is filled in.
 
-        It is on its way to the disk when this returns: killing the process loses nothing.
+        It is on its way to the disk when this returns, unless it waits: killing the process loses nothing.
         """
         assert isinstance(record["step"], int), record
-        _append(self._metrics, record | {"attempt": self.attempt})
+        self._append(self._metrics, record | {"attempt": self.attempt})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append an event with the time (unix seconds) and this attempt's number."""
         assert not fields.keys() & {"time", "attempt"}, fields
-        _append(self._events, {"time": time.time(), "attempt": self.attempt, "kind": kind} | fields)
+        self._append(self._events, {"time": time.time(), "attempt": self.attempt, "kind": kind} | fields)
 
     def outcome(self, exit_code: int, reason: str, **fields: Any) -> None:
-        """Write how this attempt ended; an attempt without an outcome was killed or still runs."""
+        """Write how this attempt ended; an attempt without an outcome was killed or still runs.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         record = {"exit_code": exit_code, "reason": reason, "time": time.time(), "attempt": self.attempt} | fields
         write_atomic(self.attempt_dir / "outcome.json", _encode(record))
 
     def close(self) -> None:
-        """Bring everything to the disk and close the files."""
-        for file in (self._metrics, self._events):
-            if not file.closed:
-                os.fsync(file.fileno())
-                file.close()
+        """Bring everything to the disk, as far as that works, and close the files."""
+        with self._turn:
+            self._metrics.close()
+            self._events.close()
+
+    def _append(self, log: AppendLog, record: Record) -> None:
+        line = _encode(record) + b"\n"
+        with self._turn:
+            before = self.problem
+            log.add(line)
+            self._metrics.flush()
+            self._events.flush()
+        if before is None and self.problem is not None:
+            self._on_problem(self.problem)
+
+
+@contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run within the block, without starting an attempt.
+
+    Nothing is held where nothing was ever logged, or where the file system has no locks.
+
+    Raises:
+        RunLogError: there is no such run, or a job is at work on it.
+        OSError: its events cannot be opened for writing.
+    """
+    _require(run_dir)
+    if not _events_path(run_dir).exists():
+        yield
+        return
+    events = os.open(_events_path(run_dir), os.O_RDWR)  # NFS locks for writing only what is open for writing
+    try:
+        _lock(events, run_dir)
+        yield
+    finally:
+        os.close(events)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -248,6 +309,18 @@ def read_outcome(run_dir: Path, attempt: int) -> Record | None:
         return None
 
 
+def _make(run_dir: Path) -> None:
+    """Make the directory such that a power cut does not take it away again, with all that was brought to the disk."""
+    new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        parent = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+
+
 def _require(run_dir: Path) -> None:
     if not run_dir.is_dir():
         raise RunLogError(f"no run directory {run_dir}: name the directory that `rookery train` wrote (run_dir=...)")
@@ -273,17 +346,8 @@ def _read_attempt(run_dir: Path, attempt: int) -> tuple[list[Record], int]:
     return records, follower.damaged
 
 
-def _open_append(path: Path) -> FileIO:
-    """Open unbuffered for appending: every write is one system call, so lines of a killed writer are whole."""
-    file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "ab")
-    size = os.fstat(file.fileno()).st_size
-    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-        file.write(b"\n")  # end a line that a dying node left torn, or the next record would be lost with it
-    return file
-
-
-def _lock(events: FileIO, run_dir: Path) -> None:
-    """Hold the run until this process ends, however it ends; a file system without locks holds nothing."""
+def _lock(events: int, run_dir: Path) -> None:
+    """Hold the run while the file is open here, however this ends; a file system without locks holds nothing."""
     try:
         fcntl.flock(events, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -294,13 +358,6 @@ def _lock(events: FileIO, run_dir: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-
-
-def _append(file: FileIO, record: Record) -> None:
-    line = _encode(record) + b"\n"
-    written = file.write(line)
-    if written != len(line):
-        raise OSError(f"only {written} of {len(line)} bytes of a record went into the log: is the disk full?")
 
 
 def _encode(record: Record) -> bytes:

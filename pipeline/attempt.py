@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,13 +24,14 @@ import torch
 
 from data_prep.files import published_directory
 from data_prep.manifest import Manifest
-from data_prep.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from data_prep.tokenizer import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
 from data_prep.world import PeerError, World
 from kernels.attention import backend_problem
 from monitoring.runlog import RunLog, write_atomic
 from pipeline.accelerator import describe
 from pipeline.agenda import schedule_digest
-from pipeline.checkpoint import CheckpointManifest, CheckpointReader, newest_valid
+from pipeline.checkpoints.manifest import CheckpointManifest, Progress
+from pipeline.checkpoints.restart import Found, History, find_checkpoint
 from pipeline.compilation import compiler_problem
 from pipeline.engine import check_ranks
 from pipeline.errors import CheckpointError, ConfigError, ExitCode, RunError, UnhealthyNodeError
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 
 
 ENVIRONMENT = "environment.json"
+RUN_ID = "id"
 
 # Beside the model: another optimizer has another state.
 _HELD = ("seed", "optimizer.kind", "optimizer.muon.tensors")
@@ -53,17 +58,22 @@ class Start:
 
     Attributes:
         data: the training data and the order of its samples.
-        reader: the checkpoint to resume from, None for a new run.
+        found: the checkpoint to resume from, if any.
+        history: what the run did before.
         changes: dotted path -> [then, now] of what changed in the configuration since that checkpoint.
-        passed_over: name -> problem of newer checkpoints that are not intact.
         digest: hash of the steps to come, equal on all ranks.
     """
 
     data: TrainingData
-    reader: CheckpointReader | None
+    found: Found
+    history: History
     changes: dict[str, list[Any]]
-    passed_over: dict[str, str]
     digest: str
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return Progress() if self.found.manifest is None else self.found.manifest.progress
 
 
 def prepare(config: RunConfig, world: World) -> Start:
@@ -78,24 +88,36 @@ def prepare(config: RunConfig, world: World) -> Start:
             raise ConfigError(f"train.attention: {problem}")
         if config.train.compile.enabled and (problem := compiler_problem()):
             raise ConfigError(f"train.compile.enabled: {problem}")
+        config.checkpoint.check_directories()
         check_optimizer(config.optimizer, build_meta_model(config.model))
         # One rank reads the manifests; thousands that look at every shard bring a file system down.
-        found = _look(config) if world.rank == 0 else None
+        own = _look(config) if world.rank == 0 else None
     with world.guard("nodes"):
         check_ranks(config.zero, config.comm, world)
-    looked = world.broadcast(found)
+    looked = world.broadcast(own)
     assert looked is not None
-    data, directory, passed_over = looked
+    data, run_id, history = looked
     with world.guard("dataset"):
         data.check_shards(world.rank, world.size)
+    found = find_checkpoint(config.checkpoint, world, Path(config.run_dir), run_id, history)
     with world.guard("checkpoint"):
-        reader = None if directory is None else CheckpointReader(directory, verify=False)
-        changes = {} if reader is None else check_resumable(reader.manifest, config, data)
-        if reader is None and config.init_from.path is not None and world.rank == 0:
+        if found.broken:
+            raise CheckpointError(
+                f"{config.run_dir}: none of its checkpoints is intact ({'; '.join(found.problems.values())});"
+                " restore one, or choose another run_dir to start anew"
+            )
+        if found.manifest is None and history.saved:
+            raise CheckpointError(
+                f"{config.run_dir}: has saved {history.saved[-1]}, but there is no checkpoint any more; restore"
+                f" {Path(config.run_dir) / 'checkpoints'}, or choose another run_dir to start anew"
+            )
+        changes = {} if found.manifest is None else check_resumable(found.manifest, config, data)
+        if found.manifest is None and config.init_from.path is not None and world.rank == 0:
             check_init_from(config)
-    digest = schedule_digest(config, 0 if reader is None else reader.manifest.progress.step)
+    start = Start(data=data, found=found, history=history, changes=changes, digest="")
+    digest = schedule_digest(config, start.progress.step)
     _compare_digests(digest, world)
-    return Start(data=data, reader=reader, changes=changes, passed_over=passed_over, digest=digest)
+    return dataclasses.replace(start, digest=digest)
 
 
 def _compare_digests(digest: str, world: World) -> None:
@@ -109,7 +131,8 @@ def _compare_digests(digest: str, world: World) -> None:
             )
 
 
-def _look(config: RunConfig) -> tuple[TrainingData, Path | None, dict[str, str]]:
+def _look(config: RunConfig) -> tuple[TrainingData, str, History]:
+    """Return the training data, the run's identity (empty if it has none yet), and what it did before."""
     run_dir = Path(config.run_dir)
     data = open_training_data(config)
     if config.validation.every is not None:
@@ -119,13 +142,18 @@ def _look(config: RunConfig) -> tuple[TrainingData, Path | None, dict[str, str]]
     kept = run_dir / "tokenizer"
     if kept.exists() and Tokenizer.load(kept).sha256 != data.tokenizer_sha256:
         raise ConfigError(f"data.tokenizer: the run in {run_dir} has another tokenizer; choose another run_dir")
-    reader, problems = newest_valid(run_dir)
-    if reader is None and problems:
-        raise CheckpointError(
-            f"{run_dir}: none of its checkpoints is intact ({'; '.join(problems.values())});"
-            " restore one, or choose another run_dir to start anew"
-        )
-    return data, (None if reader is None else reader.directory), problems
+    return data, _identity(run_dir), History.read(run_dir)
+
+
+def _identity(run_dir: Path) -> str:
+    """Return what a run is called where nodes keep checkpoints: another name for a copy of its directory."""
+    path = run_dir / RUN_ID
+    if not path.exists():
+        return ""
+    run_id = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9a-f]{16}", run_id):
+        raise ConfigError(f"run_dir: {path} is not what a run wrote there; restore it or remove it")
+    return hashlib.sha256(f"{run_id} {run_dir.resolve()}".encode()).hexdigest()[: len(run_id)]
 
 
 def check_resumable(saved: CheckpointManifest, config: RunConfig, data: TrainingData) -> dict[str, list[Any]]:
@@ -134,6 +162,12 @@ def check_resumable(saved: CheckpointManifest, config: RunConfig, data: Training
     Raises:
         CheckpointError: the model, the seed, the kind of optimizer, the tokenizer or the training data so far changed.
     """
+    if saved.progress.step > saved.loss_scale.get("skipped_steps", 0.0) and not saved.optimizer_state:
+        raise CheckpointError(
+            f"{config.run_dir}: the checkpoint of step {saved.progress.step} has no optimizer state (an average, or"
+            " converted without it): it can be evaluated and exported; to train on from it, export it and name it as"
+            " init_from.path"
+        )
     changes = _differences(saved.config, dataclasses.asdict(config))
     for key, (then, now) in changes.items():
         if key in _HELD or key.startswith("model."):
@@ -172,10 +206,12 @@ class Attempt:
     Attributes:
         directory: `attempts/NNNN`.
         log: the run log on rank 0, None elsewhere.
+        run_id: the run's identity, which its node-private checkpoints lie under.
     """
 
     directory: Path
     log: RunLog | None
+    run_id: str
 
     def note(self, **facts: Any) -> None:
         """Add what was found out about the machine to environment.json, on rank 0."""
@@ -185,8 +221,12 @@ class Attempt:
 
 
 @contextmanager
-def attempt(config: RunConfig, world: World, device: torch.device, start: Start) -> Iterator[Attempt]:
+def attempt(
+    config: RunConfig, world: World, device: torch.device, start: Start, on_alarm: Callable[[str], None]
+) -> Iterator[Attempt]:
     """Yield a new attempt; write down how the block failed, if it does.
+
+    Where the log cannot be written, its records wait in memory, `on_alarm` is told, and the block goes on.
 
     The rank that fails writes `attempts/NNNN/failure-RANK.json`, and outcome.json too unless all ranks know: rank 0
     may be waiting for it, and is ended with it.
@@ -195,15 +235,30 @@ def attempt(config: RunConfig, world: World, device: torch.device, start: Start)
         RunError: the block raised a `ValueError`; what was bad input before the start is a failure of the run now.
     """
     with world.guard("run directory"):
-        log = _open_log(config) if world.rank == 0 else None
-    directory = world.broadcast(None if log is None else log.attempt_dir)
-    assert directory is not None
+        log = _open_log(config, on_alarm) if world.rank == 0 else None
+        own = None if log is None else (log.attempt_dir, _identity(log.run_dir))
+        if log is not None and log.attempt != start.history.attempts + 1:
+            reason = "another job has ended on this run since this one looked at its checkpoints; start it again"
+            write_outcome(log.attempt_dir, ExitCode.BAD_INPUT, reason)
+            log.close()
+            raise ConfigError(f"{config.run_dir}: {reason}")
+    known = world.broadcast(own)
+    assert known is not None
+    directory, run_id = known
     _record_environment(log, world, device)
     if log is not None:
-        step = 0 if start.reader is None else start.reader.manifest.progress.step
-        log.event("start", step=step, changed=start.changes, passed_over=start.passed_over, schedule=start.digest)
+        found = start.found
+        tiers = ["shared"] if found.candidate is None else found.candidate.tiers
+        log.event(
+            "start",
+            step=start.progress.step,
+            tiers=[] if found.manifest is None else tiers,
+            changed=start.changes,
+            passed_over=found.problems,
+            schedule=start.digest,
+        )
     try:
-        yield Attempt(directory, log)
+        yield Attempt(directory, log, run_id)
     except Exception as error:
         with suppress(OSError):  # a full disk must not hide what happened
             _report_failure(directory, world, error)
@@ -213,13 +268,15 @@ def attempt(config: RunConfig, world: World, device: torch.device, start: Start)
     finally:
         if log is not None:
             log.close()
+            if log.waiting:
+                on_alarm(f"{log.waiting} records of the run log are lost: {log.problem}")
 
 
 def record_unhealthy_start(config: RunConfig, world: World, error: UnhealthyNodeError) -> None:
     """Write the outcome of a launch that ended before its attempt could begin; rank 0 speaks for all."""
     if world.rank == 0:
         with suppress(OSError):  # a full disk must not hide what happened
-            log = _open_log(config)
+            log = _open_log(config, lambda problem: None)
             write_outcome(log.attempt_dir, ExitCode.UNHEALTHY_NODE, error.reason, hosts=error.hosts)
             log.close()
 
@@ -252,17 +309,19 @@ def _report_failure(directory: Path, world: World, error: Exception) -> None:
         write_outcome(directory, 1, reason, **place)
 
 
-def _open_log(config: RunConfig) -> RunLog:
+def _open_log(config: RunConfig, on_alarm: Callable[[str], None]) -> RunLog:
     from pipeline.config import to_yaml
 
     run_dir, tokenizer = Path(config.run_dir), Path(config.data.tokenizer)
-    log = RunLog.open(run_dir)
+    log = RunLog.open(run_dir, lambda problem: on_alarm(f"the run log waits in memory: {problem}"))
+    if not (run_dir / RUN_ID).exists():
+        write_atomic(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
     resolved = to_yaml(config).encode()
     write_atomic(run_dir / "run.yaml", resolved)
     write_atomic(log.attempt_dir / "run.yaml", resolved)
     if not (run_dir / "tokenizer").exists():
         with published_directory(run_dir / "tokenizer") as partial:
-            for name in (TOKENIZER_FILE, CONFIG_FILE):
+            for name in (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE):
                 if (tokenizer / name).is_file():
                     shutil.copyfile(tokenizer / name, partial / name)
     return log

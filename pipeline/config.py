@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline.checkpoint import CheckpointConfig
+from pipeline.checkpoints.saver import CheckpointConfig
 from pipeline.control import ControlConfig
 from pipeline.depth import DepthConfig
 from pipeline.engine import ZeroConfig, check_sharding

@@ -15,11 +15,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,11 @@ class ControlConfig:
             raise ConfigError(f"control.time_limit_minutes: {self.time_limit_minutes} is not positive; use null")
         if self.stop_margin_seconds < 0.0:
             raise ConfigError(f"control.stop_margin_seconds: {self.stop_margin_seconds} is negative")
+        if self.time_limit_minutes is not None and self.time_limit_minutes * 60.0 <= self.stop_margin_seconds:
+            raise ConfigError(
+                f"control.time_limit_minutes: {self.time_limit_minutes} leaves nothing beside"
+                f" control.stop_margin_seconds = {self.stop_margin_seconds}; raise it, or lower the margin"
+            )
         if self.hang_factor <= 1.0:
             raise ConfigError(f"control.hang_factor: {self.hang_factor} is not above 1; steps take their cost")
         for name in ("hang_floor_seconds", "hang_start_minutes", "hang_save_minutes"):
@@ -125,24 +130,40 @@ class Counts:
         return int(tokens), int(batches)
 
 
+class Agreed(NamedTuple):
+    """What came of an agreement, the same on all ranks.
+
+    Attributes:
+        loss_sum: the sum of the losses.
+        cause: the most important cause to end here, if any.
+        sums: what else the ranks gave, summed.
+    """
+
+    loss_sum: float
+    cause: Cause | None
+    sums: list[float]
+
+
 class Agreement:
     """What the ranks say about one step, under way."""
 
-    def __init__(self, world: World, loss_sum: float, flags: Mapping[Flag, str]) -> None:
+    def __init__(self, world: World, loss_sum: float, flags: Mapping[Flag, str], sums: Sequence[float]) -> None:
         self._world, self._flags = world, dict(flags)
         raised = [float(flag in flags) for flag in Flag]
-        self._pending: PendingSum = world.start_sum(np.array([loss_sum, *raised]))
+        self._pending: PendingSum = world.start_sum(np.array([loss_sum, *raised, *sums]))
 
-    def wait(self) -> tuple[float, Cause | None]:
-        """Return the sum of the losses, and the most important cause to end here, if any; the same on all ranks."""
-        loss_sum, *raised = self._pending.wait().tolist()
+    def wait(self) -> Agreed:
+        """Return what came of it."""
+        loss_sum, *rest = self._pending.wait().tolist()
+        raised, sums = rest[: len(Flag)], rest[len(Flag) :]
         flag = next((flag for flag in Flag if raised[flag]), None)
         if flag is None:
-            return loss_sum, None
+            return Agreed(loss_sum, None, sums)
         said = self._world.allgather((socket.gethostname(), self._flags.get(flag)))
         rank = next(rank for rank, (_, detail) in enumerate(said) if detail is not None)
         host, detail = said[rank]
-        return loss_sum, Cause(flag=flag, detail=str(detail), rank=rank, host=host, ranks=int(raised[flag]))
+        cause = Cause(flag=flag, detail=str(detail), rank=rank, host=host, ranks=int(raised[flag]))
+        return Agreed(loss_sum, cause, sums)
 
 
 class RunControl:
@@ -154,13 +175,15 @@ class RunControl:
         signals: what this process was sent.
 
     Attributes:
-        save_seconds: how long the last checkpoint took; set by whoever saves.
+        save_seconds: how long the last checkpoint took, from its snapshot to its commit; set by whoever saves.
+        saving: number of those on their way, which the last one has to wait for; likewise.
         validation_seconds: how long the last validation took, likewise.
     """
 
     def __init__(self, config: ControlConfig, world: World, signals: StopSignals) -> None:
         self._world, self._signals, self._margin = world, signals, config.stop_margin_seconds
         self.save_seconds = self.validation_seconds = 0.0
+        self.saving = 0
         self._end: float | None = None
         if world.rank == 0:
             seconds = seconds_left(os.environ) if config.time_limit_minutes is None else config.time_limit_minutes * 60
@@ -177,26 +200,33 @@ class RunControl:
         """
         return Counts(self._world, step, own, failure, alike=alike)
 
-    def agree(self, loss_sum: float, longest_step: float) -> Agreement:
+    def agree(self, loss_sum: float, longest_step: float, sums: Sequence[float]) -> Agreement:
         """Begin the agreement on a step whose loss is known, while its update is not yet done.
 
         Args:
             loss_sum: summed losses of this rank's tokens.
             longest_step: seconds of the longest of the last steps.
+            sums: numbers to be summed over ranks along with it, as many on every rank.
         """
         flags = {
             Flag.NON_FINITE: None if math.isfinite(loss_sum) else f"loss {loss_sum}",
             Flag.SIGNAL: self._signals.received,
             Flag.TIME_LEFT: self._time_left(longest_step),
         }
-        return Agreement(self._world, loss_sum, {flag: said for flag, said in flags.items() if said is not None})
+        flagged = {flag: said for flag, said in flags.items() if said is not None}
+        return Agreement(self._world, loss_sum, flagged, sums)
 
     def _time_left(self, longest_step: float) -> str | None:
-        """Return how much time is left, in words, if a step with its validation and two saves may not fit into it."""
+        """Return how much time is left, in words, if another step and the saves after it may not fit into it.
+
+        The step comes with its validation; the last save may take twice as long as the one before, and begins when
+        the one that is being written has ended.
+        """
         if self._end is None:
             return None
         left = self._end - time.monotonic()
-        if left > longest_step + self.validation_seconds + max(self._margin, 2.0 * self.save_seconds + longest_step):
+        saves = (2.0 + self.saving) * self.save_seconds
+        if left > longest_step + self.validation_seconds + max(self._margin, saves + longest_step):
             return None
         return f"{max(left, 0.0):.0f} s left of the job's time"
 

@@ -424,6 +424,21 @@ def publish_weights(engine: Any) -> None:
         wrapper.update_lp_params()
 
 
+def release_gathered(engine: Any) -> None:
+    """Let ZeRO stage 3 forget forward passes that had no backward pass; a collective.
+
+    DeepSpeed keeps weights that it expects to be used next, and learns what that is from the passes before. In the
+    training's next pass it would gather some in the backward pass that it had prefetched in the forward pass, which
+    selective checkpointing takes for an error.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.empty_partition_cache()
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        require(coordinator, "_invalidate_trace")
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()  # noqa: SLF001 (as it does itself where a pass is not what it expects)
+
+
 def allocate_optimizer_state(engine: Any, names: list[str], steps_done: float) -> None:
     """Create zeroed optimizer state, as after `steps_done` steps of the run, to be filled through `local_fragments`."""
     optimizer, steps_done = base_optimizer(engine), steps_done - engine.skipped_steps

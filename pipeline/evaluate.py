@@ -14,7 +14,8 @@ from data_prep.manifest import Manifest
 from data_prep.shards import RowReader
 from monitoring.runlog import write_atomic
 from pipeline.accelerator import select_device
-from pipeline.checkpoint import CheckpointReader, resolve_checkpoint
+from pipeline.checkpoints.manifest import WEIGHT
+from pipeline.checkpoints.reader import CheckpointReader, resolve_checkpoint
 from pipeline.config import RunConfig, config_from_record
 from pipeline.errors import ConfigError
 from pipeline.loader import read_micro_batch
@@ -44,12 +45,17 @@ def load_model(reader: CheckpointReader, device: torch.device) -> tuple[Recurren
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(reader.weight(reference_name(name)))
+            reader.read(reference_name(name), WEIGHT, 0, parameter.view(-1))
     return model.eval(), config
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, depths: list[int], *, data: Path | None = None, max_rows: int | None = None
+    checkpoint: Path,
+    depths: list[int],
+    *,
+    data: Path | None = None,
+    max_rows: int | None = None,
+    other_owners: bool = False,
 ) -> dict[str, Any]:
     """Measure the mean loss at each depth, and the state along the loop of the deepest; keep the result with the run.
 
@@ -58,6 +64,7 @@ def evaluate_checkpoint(
         depths: numbers of iterations.
         data: a dataset; the run's validation set if None.
         max_rows: use the first rows only.
+        other_owners: read a checkpoint that belongs to another user.
 
     Returns:
         step, samples and tokens of the training, evaluated_tokens, loss {depth: nats a token}, state_rms and
@@ -69,7 +76,7 @@ def evaluate_checkpoint(
     """
     if max_rows is not None and max_rows < 1:
         raise ConfigError(f"--max-rows {max_rows}: not a positive number of rows")
-    reader = resolve_checkpoint(checkpoint)
+    reader = resolve_checkpoint(checkpoint, other_owners=other_owners)
     device = select_device(0)
     model, config = load_model(reader, device)
     directory = Path(config.data.validation) if data is None else data

@@ -157,7 +157,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, attention_backend: str, activation_checkpointing: str) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        # Not drawn here: `init_weights` does that, and to draw on the meta device takes PyTorch a second of imports.
+        undrawn = torch.empty(config.vocab_size, config.n_embd)
+        self.wte: nn.Embedding = nn.Embedding.from_pretrained(undrawn, freeze=False)
         self.prelude = build_blocks(config.n_layers_in_prelude, config, attention_backend)
         self.prelude_norm = RMSNorm(config.n_embd, config.norm_eps) if config.normalises_prelude else None
         self.recurrence = Recurrence(config, attention_backend, activation_checkpointing)

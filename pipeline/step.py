@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pipeline.loader import Loader, MicroBatch, TrainingData
 from pipeline.model import stream_key
 from pipeline.objective import goldfish_labels
 from pipeline.recurrence import Trace
+from pipeline.sample_hash import LANES, batch_sums
 from pipeline.timing import StepClock
 from pipeline.watchdog import Watchdog
 
@@ -37,12 +38,16 @@ class StepResult:
         tokens: number of these tokens.
         gradient_norm: of the whole gradient, before clipping.
         cause: why all ranks agreed to end after this step, None if they go on.
+        sample_sums: of the samples that the ranks fed to the model (`pipeline.sample_hash`).
+        reports: the sums over ranks of what they reported.
     """
 
     loss_sum: float
     tokens: int
     gradient_norm: float
     cause: Cause | None
+    sample_sums: list[float]
+    reports: list[float]
 
 
 class Stepper:
@@ -56,6 +61,9 @@ class Stepper:
         watchdog: ends the run if a step takes too long.
         clock: counts the time of each phase.
         device: this rank's.
+
+    Attributes:
+        reports: gives the numbers that this rank reports to all with the loss of each step, as many on every rank.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class Stepper:
         self._config, self._engine, self._device = config, engine, device
         self._control, self._watchdog, self._clock = control, watchdog, clock
         self._loader = Loader(data, config.train.micro_batch_size)
+        self.reports: Callable[[], list[float]] = list
         self._alike = data.trains_on_all and config.objective.goldfish == 0
 
     def close(self) -> None:
@@ -118,12 +127,14 @@ class Stepper:
     def _optimize(self, step: Step, batches: list[MicroBatch], counts: Counts, trace: Trace | None) -> StepResult:
         losses = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens, mean_tokens, gradient_norm = 0, math.nan, math.nan
+        sample_sums = np.zeros(LANES)
         agreement: Agreement | None = None
         for index, (batch, depth) in enumerate(zip(batches, step.depths, strict=True)):
             if index == 0 and self._config.zero.stage == 3:  # its forward pass is a collective already
                 tokens, mean_tokens = self._await(counts)
             with self._phase("forward"):
                 objective = self._forward(batch, depth, trace if index == 0 else None)
+            sample_sums += batch_sums(batch.samples.tolist())  # of what was fed, whatever the schedule says
             if index == 0 and self._config.zero.stage < 3:
                 tokens, mean_tokens = self._await(counts)
             with self._phase("backward"):
@@ -131,14 +142,22 @@ class Stepper:
                 self._engine.backward(objective * (batch.trained_tokens / mean_tokens))
                 losses += self._engine.module.cross_entropy.double() * batch.trained_tokens
             if index == len(batches) - 1:  # its sum travels during the update
-                agreement = self._control.agree(float(losses), self._watchdog.longest_step)
+                sums = [*sample_sums.tolist(), *self.reports()]
+                agreement = self._control.agree(float(losses), self._watchdog.longest_step, sums)
             with self._phase("optimizer"):
                 gradient_norm = optimizer_step(self._engine, self._config.optimizer.gradient_clipping)
         synchronize(self._device)
         assert agreement is not None
         with self._phase("control"):
-            loss_sum, cause = agreement.wait()
-        return StepResult(loss_sum=loss_sum, tokens=tokens, gradient_norm=gradient_norm, cause=cause)
+            agreed = agreement.wait()
+        return StepResult(
+            loss_sum=agreed.loss_sum,
+            tokens=tokens,
+            gradient_norm=gradient_norm,
+            cause=agreed.cause,
+            sample_sums=agreed.sums[:LANES],
+            reports=agreed.sums[LANES:],
+        )
 
     @torch.no_grad()
     def warm_up(self, length: int) -> None:

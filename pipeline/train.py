@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,25 +21,21 @@ from monitoring.runlog import Record
 from pipeline.accounting import Accounting
 from pipeline.agenda import Agenda, Step
 from pipeline.attempt import Attempt, Start, attempt, prepare, record_unhealthy_start
-from pipeline.checkpoint import (
-    WEIGHT,
-    CheckpointReader,
-    Progress,
-    list_checkpoints,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from pipeline.checkpoints.health import Health
+from pipeline.checkpoints.manifest import CheckpointManifest, Progress, list_checkpoints
+from pipeline.checkpoints.proof import ProbeBatch, compare
+from pipeline.checkpoints.restart import fill
+from pipeline.checkpoints.saver import Saver
 from pipeline.compilation import CompileConfig, use_compiled_core
 from pipeline.control import Cause, Flag, RunControl, StopSignals
+from pipeline.ending import Ending, cause_fields, diverged, ended
 from pipeline.engine import (
-    allocate_optimizer_state,
     build_engine,
     check_precision,
-    local_fragments,
     loss_scale_state,
     owned_fragments,
     publish_weights,
-    restore_loss_scale,
+    release_gathered,
     step_skipped,
 )
 from pipeline.errors import ConfigError, ExitCode, UnhealthyNodeError
@@ -52,6 +48,7 @@ from pipeline.pretrained import load_pretrained
 from pipeline.profiling import ProfileConfig, StepProfiler
 from pipeline.recompute import POLICIES
 from pipeline.recurrence import Trace
+from pipeline.sample_hash import roll
 from pipeline.step import Stepper
 from pipeline.timing import StepClock
 from pipeline.validation import Validation
@@ -128,7 +125,10 @@ class TrainConfig:
 
 
 def train(
-    config: RunConfig, world: World, on_step: Callable[[Record], None] = lambda record: None
+    config: RunConfig,
+    world: World,
+    on_step: Callable[[Record], None] = lambda record: None,
+    on_alarm: Callable[[str], None] = lambda text: None,
 ) -> tuple[ExitCode, str]:
     """Train or resume the run in `config.run_dir`; a collective of all ranks.
 
@@ -136,6 +136,7 @@ def train(
         config: the resolved configuration, equal on all ranks.
         world: the ranks.
         on_step: called on rank 0 with the record of every completed step.
+        on_alarm: called on rank 0 with what a person should know of at once, while the training goes on.
 
     Returns:
         How it ended, and why in words.
@@ -147,19 +148,23 @@ def train(
     with StopSignals() as signals:
         control = RunControl(config.control, world, signals)
         start = prepare(config, world)
-        saved = Progress() if start.reader is None else start.reader.manifest.progress
-        if saved.step >= config.train.steps:
-            return ExitCode.FINISHED, f"finished before, at step {saved.step}; nothing to do"
-        with _process_group(config, world) as device, attempt(config, world, device, start) as place:
+        if world.rank == 0:
+            for problem in start.found.problems.values():
+                on_alarm(f"passed over: {problem}")
+        if start.progress.step >= config.train.steps:
+            start.found.open(world, Path(config.run_dir), other_owners=config.checkpoint.other_owners)
+            return ExitCode.FINISHED, f"finished before, at step {start.progress.step}; nothing to do"
+        with _process_group(config, world) as device, attempt(config, world, device, start, on_alarm) as place:
             watchdog = Watchdog(config.control, world, journal, place.directory)
             with (
                 watchdog,
-                Training(config, world, start, device, place, control, watchdog) as run,
+                Training(config, world, start, device, place, control, watchdog, on_alarm) as run,
                 journal.phase("between steps"),
             ):
                 ending = run.loop(on_step)
             if place.log is not None:
-                place.log.outcome(ending.code, ending.reason, step=run.progress.step, **ending.fields)
+                with suppress(OSError):  # a full disk: the exit code says it too
+                    place.log.outcome(ending.code, ending.reason, step=run.progress.step, **ending.fields)
     return ending.code, ending.reason
 
 
@@ -188,21 +193,6 @@ def _process_group(config: RunConfig, world: World) -> Iterator[torch.device]:
     stop_process_group()
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a loop ended.
-
-    Attributes:
-        code: the exit code.
-        reason: why, in words.
-        fields: what outcome.json says beside it.
-    """
-
-    code: ExitCode
-    reason: str
-    fields: dict[str, Any] = field(default_factory=dict)
-
-
 class Training:
     """A run in progress on one rank; a context that ends what reads ahead.
 
@@ -221,20 +211,24 @@ class Training:
         place: Attempt,
         control: RunControl,
         watchdog: Watchdog,
+        on_alarm: Callable[[str], None],
     ) -> None:
         self.progress = Progress()
+        self._on_alarm = on_alarm
         self._config, self._world, self._data, self._device = config, world, start.data, device
         self._log, self._control, self._watchdog = place.log, control, watchdog
+        self._attempt = int(place.directory.name)
         self._run_dir = Path(config.run_dir)
         self._profiler = StepProfiler(config.train.profile, place.directory if world.rank == 0 else None, world.rank)
         with watchdog.limit(config.control.hang_start_minutes * 60.0):
             with journal.phase("node check"):
                 place.note(node_check=check_nodes(config.node_check, world, device, self._run_dir))
             with journal.phase("build"):
-                self._build(fresh=start.reader is None)
-            if start.reader is not None:
-                with journal.phase("load"):
-                    self._restore(start.reader)
+                self._build(fresh=start.found.manifest is None)
+            with journal.phase("load"):
+                self._restore(start)
+            with journal.phase("checkpoint tiers"):
+                self._saver = self._open_saver(start, place.run_id)
         self._first = self.progress.step
 
     def _build(self, *, fresh: bool) -> None:
@@ -272,20 +266,42 @@ class Training:
             self._stepper.warm_up(self._data.manifests[0].sequence_length)
         self._validation = Validation(config, world, self._device)
         self._accounting = Accounting(config, self._data.manifests[0].sequence_length, world.size, self._device)
+        with world.guard("probe batch"):
+            self._probe = ProbeBatch(config, self._data, self._device)
+        self._health = Health()
+        self._validated: dict[str, Any] = {}
 
-    def _restore(self, reader: CheckpointReader) -> None:
-        manifest = reader.manifest
-        with self._world.guard("checkpoint load"), torch.no_grad():
-            if manifest.optimizer_state:
-                allocate_optimizer_state(self._engine, manifest.optimizer_state, manifest.progress.step)
-            for fragment in local_fragments(self._engine):
-                numel = fragment.weight.numel()
-                fragment.weight.copy_(reader.slice(fragment.parameter, WEIGHT, fragment.start, numel))
-                for name, tensor in fragment.optimizer_state.items():
-                    tensor.copy_(reader.slice(fragment.parameter, name, fragment.start, numel))
-            restore_loss_scale(self._engine, manifest.loss_scale)
+    def _restore(self, start: Start) -> None:
+        """Load what the run goes on from, if anything, and prove that the model is the one that was saved."""
+        saved, settings = start.found.manifest, self._config.checkpoint
+        if saved is None:
+            return
+        reader = start.found.open(self._world, self._run_dir, other_owners=settings.other_owners)
+        with self._world.guard("checkpoint load"):
+            fill(self._engine, reader)
         publish_weights(self._engine)
-        self.progress = manifest.progress
+        self.progress, self._validated = saved.progress, saved.validation
+        found = self._probe.ask(self._engine)
+        with self._world.guard("proof"):
+            pairs = compare(saved.proof, found, settings.proof_tolerance)
+        self._event("loaded", step=self.progress.step, path=str(reader.directory), proof=pairs)
+
+    def _open_saver(self, start: Start, run_id: str) -> Saver:
+        self._run_id, rank = run_id, self._world.rank
+        saver = Saver(
+            self._config.checkpoint,
+            self._world,
+            self._run_dir,
+            run_id,
+            lambda: owned_fragments(self._engine, rank),
+            self._saver_event,
+        )
+        saver.seconds = self._control.save_seconds = start.history.save_seconds
+        saver.go_on_from(self.progress.step, promoted=start.found.candidate is not None)
+        self._stepper.reports = saver.reports
+        if self.progress.step:  # else the optimizer has no state yet
+            saver.prepare()
+        return saver
 
     def __enter__(self) -> Training:
         return self
@@ -293,6 +309,7 @@ class Training:
     def __exit__(self, *exception: object) -> None:
         self._stepper.close()
         self._validation.close()
+        self._saver.close()
 
     def loop(self, on_step: Callable[[Record], None]) -> Ending:
         """Train to the last step, an agreement to end, or a non-finite loss; return how it ended and why."""
@@ -304,7 +321,7 @@ class Training:
         config = self._config
         while self.progress.step < config.train.steps:
             tokens_before = self.progress.tokens
-            record, cause = self._step()
+            record, cause, reports = self._step()
             trained = self.progress.tokens > tokens_before
             if not trained:
                 self._event("no_targets", step=record["step"], reason="loss masks leave out every token of the batch")
@@ -314,6 +331,7 @@ class Training:
                 self._event("loss_scale", step=record["step"], **loss_scale_state(self._engine))
             if self._validation.due(self.progress.step) and cause is None:  # a run that is told to end may have no time
                 record |= self._validate()
+            self._health.note(record)
             record["phases"] = self._accounting.phases(self._clock)
             if self._log is not None:
                 self._log.step(record)
@@ -325,16 +343,16 @@ class Training:
                 self._end_profile()
             stop = cause if cause is not None and cause.flag is not Flag.NON_FINITE else None
             finished = self.progress.step == config.train.steps
-            if stop or finished or self.progress.step % config.checkpoint.every == 0:
-                self._save()
-            elif self.progress.step == self._first + 1:
+            if stop or finished:
+                return self._end(stop if not finished else None)
+            self._save(reports)
+            if self.progress.step == self._first + 1:
+                self._saver.prepare()
                 self._keep_kernels()
-            if stop and not finished:
-                return self._stopped(stop)
-        return Ending(ExitCode.FINISHED, "all steps done")
+        raise AssertionError("a run that has no steps left is not started")
 
-    def _step(self) -> tuple[Record, Cause | None]:
-        """Do one step; return its record, and why all ranks agreed to end after it, if they did."""
+    def _step(self) -> tuple[Record, Cause | None, list[float]]:
+        """Do one step; return its record, why all ranks agreed to end after it, if they did, and the saver's sums."""
         config, number, started = self._config, self.progress.step + 1, time.perf_counter()
         upcoming = self._agenda.upcoming(number - 1, self.progress.samples, config.data.prefetch)
         step = upcoming[0]
@@ -346,6 +364,7 @@ class Training:
             step=number,
             samples=self.progress.samples + step.share.batch_size,
             tokens=self.progress.tokens + result.tokens,
+            sample_hash=roll(self.progress.sample_hash, result.sample_sums),
         )
         record: Record = {
             **dataclasses.asdict(self.progress),
@@ -359,13 +378,15 @@ class Training:
             **self._accounting.record(step, seconds),
             **(trace.to_lists() if trace is not None else {}),
         }
-        return record, result.cause
+        return record, result.cause, result.reports
 
     def _validate(self) -> Record:
         started, limit = time.perf_counter(), self._watchdog.limit(self._config.control.hang_save_minutes * 60.0)
         with limit, journal.phase("validation"), self._clock("validation"):
             record = self._validation.run(self._engine.module, self._engine.module)
+            release_gathered(self._engine)
         self._control.validation_seconds = time.perf_counter() - started
+        self._validated = {"step": self.progress.step, "loss": record["validation"]}
         return record
 
     def _end_profile(self) -> None:
@@ -376,44 +397,61 @@ class Training:
         if path is not None:
             self._event("profile", step=self.progress.step, path=str(path.relative_to(self._run_dir)))
 
-    def _stopped(self, cause: Cause) -> Ending:
-        fields = _fields(cause)
-        self._event("stop", step=self.progress.step, **fields)
-        return Ending(ExitCode.STOPPED, f"{cause}, saved at step {self.progress.step}", fields)
+    def _end(self, stop: Cause | None) -> Ending:
+        """Save for the last time, after the last step or because of `stop`; return how the run ended."""
+        step = self.progress.step
+        if stop is not None:
+            self._event("stop", step=step, **cause_fields(stop))
+        with self._saving():
+            problem = self._saver.save_last(self._draft)
+            if problem is None and stop is None:
+                self._saver.discard_node_tiers()
+            self._keep_kernels()
+        return ended(step, stop, problem, self._newest())
 
     def _diverged(self, record: Record, cause: Cause | None) -> Ending:
-        reason = f"loss {record['loss']} and gradient norm {record['grad_norm']} at step {record['step']}"
-        fields = {} if cause is None else _fields(cause)
-        if cause is not None and cause.flag is Flag.NON_FINITE:
-            reason += f", {cause} first" if cause.ranks > 1 else f", {cause} alone"
-        self._event("non_finite", step=record["step"], reason=reason, **fields)
-        saved = list_checkpoints(self._run_dir)
-        # Weights may have been blown up, though finite, when they were saved.
-        advice = f"; if that fails at once, move {saved[-1].name} away first" if saved else ""
-        return Ending(ExitCode.DIVERGED, f"{reason}; start again with a lower optimizer.learning_rate{advice}", fields)
+        with self._saving():
+            self._saver.settle()
+            # Nodes hold states so young that what has shown now may have begun before them.
+            self._saver.discard_node_tiers()
+        ending = diverged(record, cause, self._newest())
+        self._event("non_finite", step=record["step"], reason=ending.reason, **ending.fields)
+        return ending
 
-    def _save(self) -> None:
-        started = time.perf_counter()
+    def _newest(self) -> str | None:
+        """Return the name of the newest checkpoint, on rank 0."""
+        saved = list_checkpoints(self._run_dir) if self._log is not None else []
+        return saved[-1].name if saved else None
+
+    def _save(self, reports: list[float]) -> None:
+        """Go on with a checkpoint that is on its way, and begin one if it is due."""
+        saver = self._saver
+        if saver.under_way or saver.due(self.progress.step):
+            with self._saving():
+                saver.advance(reports)
+                saver.save(self.progress.step, self._draft)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
         limit = self._watchdog.limit(self._config.control.hang_save_minutes * 60.0)
         with limit, journal.phase("save"), self._clock("checkpoint"):
-            path = save_checkpoint(
-                self._run_dir,
-                self._world,
-                owned_fragments(self._engine, self._world.rank),
-                self._shapes,
-                progress=self.progress,
-                config=dataclasses.asdict(self._config),
-                data_fingerprint=self._data.mixture.fingerprint(self.progress.samples),
-                tokenizer_sha256=self._data.tokenizer_sha256,
-                loss_scale=loss_scale_state(self._engine),
-            )
-            with self._world.guard("checkpoint removal"):  # the others wait for rank 0 here, and not in the next step
-                keep_last, mine = self._config.checkpoint.keep_last, self._log is not None
-                removed = prune_checkpoints(self._run_dir, path, keep_last) if mine else []
-                self._keep_kernels()
-        self._control.save_seconds = time.perf_counter() - started
-        self._event(
-            "checkpoint", step=self.progress.step, path=path.name, removed=removed, seconds=self._control.save_seconds
+            yield
+        self._control.save_seconds, self._control.saving = self._saver.seconds, self._saver.under_way
+
+    def _draft(self) -> CheckpointManifest:
+        """Return what a checkpoint of this step says beside its files; a collective."""
+        return CheckpointManifest(
+            progress=self.progress,
+            config=dataclasses.asdict(self._config),
+            data_fingerprint=self._data.mixture.fingerprint(self.progress.samples),
+            tokenizer_sha256=self._data.tokenizer_sha256,
+            shapes=self._shapes,
+            run=self._run_id,
+            attempt=self._attempt,
+            loss_scale=loss_scale_state(self._engine),
+            health=self._health.vector(),
+            validation=self._validated,
+            proof=self._probe.ask(self._engine),
         )
 
     def _keep_kernels(self) -> None:
@@ -428,6 +466,11 @@ class Training:
         if self._log is not None:
             self._log.event(kind, **fields)
 
+    def _saver_event(self, kind: str, **fields: Any) -> None:
+        self._event(kind, **fields)
+        if kind == "checkpoint_failed" and self._log is not None:
+            self._on_alarm(f"step {fields['step']} is not saved ({fields['tier']}): {fields['reason']}")
+
 
 def _depth_record(step: Step) -> Record:
     """Return (n, k) of the step; of several depths the rounded means, and how often each r was drawn."""
@@ -435,8 +478,3 @@ def _depth_record(step: Step) -> Record:
     counts = Counter(sum(depth) for depth in step.drawn)
     several = {"depths": {str(r): counts[r] for r in sorted(counts)}} if len(step.drawn) > 1 else {}
     return {"num_steps": mean, **several}
-
-
-def _fields(cause: Cause) -> dict[str, Any]:
-    """Return what events and outcomes say of a cause."""
-    return {**dataclasses.asdict(cause), "flag": cause.flag.name.lower()}

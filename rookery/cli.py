@@ -18,7 +18,8 @@ import rookery.depth
 import rookery.plan
 import rookery.samples
 from data_prep.world import Control, World
-from pipeline.errors import ExitCode, UnhealthyNodeError
+from pipeline.errors import ExitCode, RunError, UnhealthyNodeError
+from rookery.checkpoints import OtherOwners
 from rookery.display import training_display
 
 app = typer.Typer(
@@ -57,8 +58,12 @@ def train(config: Config, overrides: Overrides = None) -> None:
         from pipeline.train import train as run_training
 
         resolved = load_config(config, overrides or [])
+
+    def on_alarm(text: str) -> None:
+        print(f"rookery: {text}", file=sys.stderr, flush=True)
+
     with training_display(resolved.name, resolved.train.steps, shown=world.rank == 0) as on_step:
-        code, reason = run_training(resolved, world, on_step)
+        code, reason = run_training(resolved, world, on_step, on_alarm)
     if world.rank == 0:
         print(f"{resolved.run_dir}: {reason}", flush=True)
     raise typer.Exit(code)
@@ -72,6 +77,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Dataset; default: the run's validation set.")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Evaluate on the first rows only.")] = None,
+    other_owners: OtherOwners = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the validation loss at several depths."""
@@ -79,7 +85,9 @@ def evaluate(
     from pipeline.evaluate import evaluate_checkpoint, parse_depths
     from rookery.display import evaluation_table
 
-    result = evaluate_checkpoint(checkpoint, parse_depths(depths), data=data, max_rows=max_rows)
+    result = evaluate_checkpoint(
+        checkpoint, parse_depths(depths), data=data, max_rows=max_rows, other_owners=other_owners
+    )
     if as_json:
         print(json.dumps(result))
     else:
@@ -90,13 +98,14 @@ def evaluate(
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
+    other_owners: OtherOwners = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in the layout of Hugging Face, and compare what was written with the checkpoint."""
     _require_one_rank("export")
     from pipeline.export import export_checkpoint
 
-    difference = export_checkpoint(checkpoint, out)
+    difference = export_checkpoint(checkpoint, out, other_owners=other_owners)
     if as_json:
         print(json.dumps({"out": str(out), "max_abs_logit_diff": difference}))
     else:
@@ -166,6 +175,9 @@ def _report_failure(error: Exception) -> int:
     if world.rank == 0 or not world.failed_together:
         if code == ExitCode.BAD_INPUT:
             print(f"rookery: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, RunError):
+            where = "the traceback is in failure-*.json of the run's newest directory in attempts/"
+            print(f"rookery: {error} ({where})", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
     if not world.failed_together:

@@ -60,12 +60,14 @@ def figures(record: dict[str, Any]) -> str:
 
 def evaluation_table(result: dict[str, Any]) -> None:
     """Print loss against depth."""
-    table = Table(title=f"{result['checkpoint']} on {result['evaluated_tokens']:,} tokens")
+    table = Table()
     table.add_column("depth", justify="right")
     table.add_column("loss (nats/token)", justify="right")
     table.add_column("relative residual", justify="right")
     for depth, loss in result["loss"].items():
         table.add_row(depth, f"{loss:.4f}", f"{result['relative_residual'][int(depth) - 1]:.2e}")
+    # Not as the table's title, which would be broken at its width, in the middle of a path.
+    print(f"{result['checkpoint']} on {result['evaluated_tokens']:,} tokens")
     Console().print(table)
 
 

@@ -21,6 +21,7 @@ from monitoring.runlog import (
     RunLogError,
     attempts,
     branches,
+    hold,
     read_attempt,
     read_events,
     read_metrics,
@@ -74,6 +75,20 @@ def test_attempts_that_start_at_once_never_share_a_number(tmp_path: Path) -> Non
     refusals = [result for result in results if isinstance(result, str)]
     assert len(set(numbers)) == len(numbers) > 0
     assert all("another job is" in refusal for refusal in refusals)
+
+
+def test_a_run_can_be_held_without_an_attempt(tmp_path: Path) -> None:
+    with hold(tmp_path):
+        assert not list(tmp_path.iterdir())
+    log = RunLog.open(tmp_path)
+    with pytest.raises(RunLogError, match=r"another job is at work on .* \(attempt 1\)"), hold(tmp_path):
+        raise AssertionError
+    log.close()
+    with hold(tmp_path), pytest.raises(RunLogError, match="another job is at work"):
+        RunLog.open(tmp_path)
+    assert RunLog.open(tmp_path).attempt == 2
+    with pytest.raises(RunLogError, match="no run directory"), hold(tmp_path / "nowhere"):
+        raise AssertionError
 
 
 def test_killing_the_writer_loses_no_step(tmp_path: Path) -> None:

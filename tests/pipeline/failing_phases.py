@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pipeline.checkpoint
+import pipeline.checkpoints.reader
+import pipeline.checkpoints.shard
 import pipeline.loader
 import pipeline.step
 import pipeline.validation
@@ -33,8 +34,8 @@ OVERRIDES = {
 PHASES: dict[str, tuple[Any, str, int]] = {
     "open": (pipeline.loader.TrainingData, "check_shards", 0),
     "data": (pipeline.loader.Loader, "micro_batches", 2),
-    "save": (pipeline.checkpoint, "save_tensors", 0),
-    "load": (pipeline.checkpoint.CheckpointReader, "slice", 5),
+    "save": (pipeline.checkpoints.shard.Snapshot, "take", 0),
+    "load": (pipeline.checkpoints.reader.CheckpointReader, "read", 5),
     "eval": (pipeline.validation.Validation, "_batches", 0),
     "forward": (pipeline.step.Stepper, "_forward", 2),
 }

@@ -18,18 +18,17 @@ import torch
 
 from data_prep.world import World
 from pipeline import two_level
-from pipeline.checkpoint import WEIGHT, CheckpointReader, Progress, resolve_checkpoint, save_checkpoint
+from pipeline.checkpoints.manifest import CheckpointManifest, Progress
+from pipeline.checkpoints.reader import CheckpointReader, resolve_checkpoint
+from pipeline.checkpoints.restart import fill
 from pipeline.depth import Depth
 from pipeline.engine import (
     ZeroConfig,
-    allocate_optimizer_state,
     build_engine,
-    local_fragments,
     loss_scale_state,
     optimizer_step,
     owned_fragments,
     publish_weights,
-    restore_loss_scale,
     set_accumulation,
     set_learning_rate,
     step_skipped,
@@ -39,8 +38,9 @@ from pipeline.launch import CommConfig, start_process_group, stop_process_group
 from pipeline.model import ModelConfig, RecurrentDepthModel, reference_name
 from pipeline.optim import OptimizerConfig, build_optimizer
 from pipeline.two_level import BETWEEN_NODES
+from tests.pipeline.saved_checkpoint import save_checkpoint
 
-STEPS = 20
+STEPS = 12
 BATCH, LENGTH, VOCABULARY = 8, 8, 50
 CLIPPING = 10.0
 # Odd sizes, so that the ranks' equal ranges cut the tensors.
@@ -218,20 +218,18 @@ class Run:
             out,
             self.world,
             owned_fragments(self.engine, self.world.rank),
-            shapes,
-            progress=Progress(step=step),
-            config=loss_scale_state(self.engine),
-            data_fingerprint="",
-            tokenizer_sha256="",
+            CheckpointManifest(
+                progress=Progress(step=step),
+                config={},
+                data_fingerprint="",
+                tokenizer_sha256="",
+                shapes=shapes,
+                loss_scale=loss_scale_state(self.engine),
+            ),
         )
 
     def restore(self, reader: CheckpointReader) -> None:
-        restore_loss_scale(self.engine, reader.manifest.config)
-        with torch.no_grad():
-            allocate_optimizer_state(self.engine, reader.manifest.optimizer_state, reader.manifest.progress.step)
-            for fragment in local_fragments(self.engine):
-                for name, tensor in {WEIGHT: fragment.weight, **fragment.optimizer_state}.items():
-                    tensor.copy_(reader.slice(fragment.parameter, name, fragment.start, tensor.numel()))
+        fill(self.engine, reader)
         publish_weights(self.engine)
 
 

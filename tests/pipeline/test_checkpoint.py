@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
+import resource
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,18 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.world import World
-from pipeline.checkpoint import (
+from pipeline.checkpoints.convert import write_checkpoint
+from pipeline.checkpoints.manifest import (
     WEIGHT,
-    CheckpointReader,
+    CheckpointManifest,
     Progress,
+    check_file,
+    encode_manifest,
     list_checkpoints,
-    newest_valid,
-    prune_checkpoints,
-    resolve_checkpoint,
-    save_checkpoint,
 )
+from pipeline.checkpoints.reader import CheckpointReader, newest_valid, resolve_checkpoint
+from pipeline.checkpoints.shard import Piece
 from pipeline.engine import Fragment
 from pipeline.errors import CheckpointError
+from tests.pipeline.saved_checkpoint import save_checkpoint
 
 VALUES = torch.arange(60, dtype=torch.float32)
 
@@ -39,15 +42,16 @@ def fragments(cuts: list[int]) -> Iterator[Fragment]:
 
 
 def save(run_dir: Path, step: int, cuts: list[int] | None = None) -> Path:
-    return save_checkpoint(
-        run_dir,
-        World(),
-        fragments(cuts or [7, 31]),
-        {"w": [6, 10]},
+    return save_checkpoint(run_dir, World(), fragments(cuts or [7, 31]), draft(step))
+
+
+def draft(step: int) -> CheckpointManifest:
+    return CheckpointManifest(
         progress=Progress(step=step, samples=step * 2, tokens=step * 8),
         config={"seed": 1},
         data_fingerprint="data",
         tokenizer_sha256="tokenizer",
+        shapes={"w": [6, 10]},
     )
 
 
@@ -87,32 +91,8 @@ def test_a_failing_write_leaves_no_final_name(tmp_path: Path) -> None:
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        save_checkpoint(
-            tmp_path,
-            World(),
-            broken(),
-            {"w": [60]},
-            progress=Progress(),
-            config={},
-            data_fingerprint="",
-            tokenizer_sha256="",
-        )
+        save_checkpoint(tmp_path, World(), broken(), draft(1))
     assert list_checkpoints(tmp_path) == []
-
-
-def test_every_flipped_byte_is_found_and_the_older_checkpoint_is_used(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    newest = save(tmp_path, 2)
-    shard = newest / "shard-00000.safetensors"
-    content = shard.read_bytes()
-    for position in range(0, len(content), 37):
-        shard.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-        reader, problems = newest_valid(tmp_path)
-        assert reader is not None
-        assert reader.directory.name == "step-00000001"
-        assert "shard-00000.safetensors" in problems["step-00000002"]
-    shard.write_bytes(content)
-    assert resolve_checkpoint(tmp_path).directory == newest
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "remove", "other"])
@@ -127,46 +107,111 @@ def test_a_broken_manifest_is_passed_over(damage: str, tmp_path: Path) -> None:
     assert resolve_checkpoint(tmp_path).directory.name == "step-00000001"
 
 
-def test_a_manifest_cannot_name_files_outside_its_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["files", "fragments"])
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", ".hidden", "", "sub/file"])
+def test_a_manifest_cannot_name_files_outside_its_directory(where: str, name: str, tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    (tmp_path / "secret").write_text("x")
-    record = json.loads((path / "manifest.json").read_text())
-    record["files"]["../../secret"] = {"bytes": 1, "sha256": "0"}
-    del record["sha256"]
-    record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(record))
+    manifest = CheckpointReader(path).manifest
+    if where == "files":
+        manifest.files[name] = {"bytes": 1, "xxh3_128": "0"}
+    else:
+        manifest.fragments["w"].append((name, 0, 1))
+    (path / "manifest.json").write_bytes(encode_manifest(manifest))
     with pytest.raises(CheckpointError, match="outside its directory"):
         CheckpointReader(path)
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    newest = [save(tmp_path, step) for step in (1, 2, 3, 4)][-1]
-    assert prune_checkpoints(tmp_path, newest, 2) == ["step-00000001", "step-00000002"]
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+def test_pieces_must_lie_in_files_with_a_checksum(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = CheckpointReader(path).manifest
+    manifest.fragments["w"].append(("other.safetensors", 0, 1))
+    (path / "manifest.json").write_bytes(encode_manifest(manifest))
+    with pytest.raises(CheckpointError, match="no checksum"):
+        CheckpointReader(path)
 
 
-def test_the_checkpoint_just_saved_outlives_broken_ones_with_higher_numbers(tmp_path: Path) -> None:
-    for step in (4, 8, 12):
-        save(tmp_path, step)
-    for step in (8, 12):
-        (tmp_path / f"checkpoints/step-{step:08d}/shard-00000.safetensors").write_bytes(b"broken")
-    assert resolve_checkpoint(tmp_path).manifest.progress.step == 4
-    assert prune_checkpoints(tmp_path, save(tmp_path, 7), 2) == []
-    assert resolve_checkpoint(tmp_path).manifest.progress.step == 7
-    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"step-00000004", "step-00000007", "superseded-step-00000008", "superseded-step-00000012"}
+def test_links_and_files_of_other_owners_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    shard = path / "shard-00000.safetensors"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        CheckpointReader(path)
+    shard.unlink()
+    (tmp_path / "elsewhere").rename(shard)
+    if os.getuid() == 0:  # nobody else can give a file away
+        os.chown(shard, 12345, -1)
+        with pytest.raises(CheckpointError, match=r"belongs to another user \(uid 12345\)"):
+            CheckpointReader(path)
+        assert torch.equal(CheckpointReader(path, other_owners=True).weight("w"), VALUES.view(6, 10))
 
 
 def test_a_manifest_that_was_changed_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     manifest = save(tmp_path, 2) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"samples": 4', '"samples": 5'))
+    manifest.write_text(manifest.read_text().replace('"samples":4', '"samples":5'))
     reader, problems = newest_valid(tmp_path)
     assert reader is not None
     assert reader.manifest.progress.step == 1
-    assert "was changed after it was written" in problems["step-00000002"]
+    assert "was damaged or changed" in problems["step-00000002"]
 
 
-def test_a_run_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="train it first"):
+def test_what_has_no_checkpoint_says_what_it_is_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: no such run or checkpoint"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="neither a run with a checkpoint nor a checkpoint"):
         resolve_checkpoint(tmp_path)
+    (tmp_path / "run.yaml").touch()
+    with pytest.raises(CheckpointError, match=r"no checkpoint on the shared file system yet; start it again: `rookery"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_more_files_than_may_be_open_is_checked_and_read(tmp_path: Path) -> None:
+    layout: list[list[Piece]] = [[("w", start, 1)] for start in range(60)]
+    path = write_checkpoint(
+        tmp_path, draft(1), layout, {"w": [WEIGHT]}, lambda parameter, kind, start, numel: VALUES[start : start + numel]
+    )
+    before, taken = resource.getrlimit(resource.RLIMIT_NOFILE), set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    free = [number for number in range(1000) if str(number) not in taken]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[20], before[1]))
+        reader = CheckpointReader(path)
+        for _ in range(2):
+            assert torch.equal(reader.weight("w"), VALUES.view(6, 10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("exchanged_for", ["file", "link", "pipe"])
+def test_a_file_that_is_exchanged_between_the_look_at_its_owner_and_the_reading_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged_for: str
+) -> None:
+    path = save(tmp_path, 1)
+    copy = Path(shutil.copyfile(path / "shard-00000.safetensors", tmp_path / "copy"))
+
+    def look_and_be_late(path: Path, *, is_directory: bool = False, other_owners: bool) -> os.stat_result:
+        status = check_file(path, is_directory=is_directory, other_owners=other_owners)
+        if not path.name.startswith("shard-"):
+            return status
+        if exchanged_for == "file":
+            copy.replace(path)
+        else:
+            path.unlink()
+            os.mkfifo(path) if exchanged_for == "pipe" else path.symlink_to(copy)
+        return status
+
+    monkeypatch.setattr("pipeline.checkpoints.manifest.check_file", look_and_be_late)
+    with pytest.raises(CheckpointError, match=r"exchanged|Too many levels"):
+        CheckpointReader(path)
+
+
+def test_a_checkpoint_that_is_in_the_way_of_a_new_one_is_set_aside_and_never_removed(tmp_path: Path) -> None:
+    for generation in range(3):
+        path = save(tmp_path, 5)
+        (path / "which").write_text(str(generation))
+    which = {each.name: (each / "which").read_text() for each in (tmp_path / "checkpoints").iterdir()}
+    assert which == {
+        "superseded-step-00000005": "0",
+        "superseded-step-00000005-2": "1",
+        "step-00000005": "2",
+    }

@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.world import World
 from monitoring.runlog import read_attempt, read_events, read_metrics, read_outcome
-from pipeline.checkpoint import resolve_checkpoint
+from pipeline.checkpoints.reader import resolve_checkpoint
 from pipeline.control import ControlConfig, Flag, RunControl, StopSignals, parse_time_left, seconds_left
 from pipeline.errors import ConfigError
 from slurm.local import rank_command, rank_environment
@@ -71,31 +71,36 @@ def test_a_run_saves_and_stops_before_its_time_is_over(workdir: Path) -> None:
 
 
 def test_a_stop_leaves_time_for_a_save_twice_as_long_as_the_last_and_for_the_longest_step() -> None:
-    def asked_to_stop(minutes: float, save_seconds: float, longest_step: float) -> bool:
+    def asked_to_stop(minutes: float, save_seconds: float, longest_step: float, *, saving: int = 0) -> bool:
         config = ControlConfig(time_limit_minutes=minutes, stop_margin_seconds=10.0)
         control = RunControl(config, World(), StopSignals())
-        control.save_seconds = save_seconds
-        _, cause = control.agree(1.0, longest_step).wait()
+        control.save_seconds, control.saving = save_seconds, saving
+        cause = control.agree(1.0, longest_step, []).wait().cause
         assert cause is None or cause.flag is Flag.TIME_LEFT
         return cause is not None
 
     assert not asked_to_stop(1.0, 5.0, 5.0)
     assert not asked_to_stop(1.0, 20.0, 5.0)
     assert asked_to_stop(1.0, 20.0, 15.0)
+    assert asked_to_stop(1.0, 20.0, 5.0, saving=1)
+    assert not asked_to_stop(1.0, 15.0, 5.0, saving=1)
     assert asked_to_stop(1.0, 30.0, 0.0)
-    assert asked_to_stop(0.1, 0.0, 0.0)
+    assert asked_to_stop(0.2, 5.0, 2.0)
+    with pytest.raises(ConfigError, match="leaves nothing beside"):
+        ControlConfig(time_limit_minutes=0.1, stop_margin_seconds=10.0)
 
 
 def test_of_several_causes_the_most_important_is_given() -> None:
     signals = StopSignals()
     with signals:
         signal.raise_signal(signal.SIGTERM)
-    control = RunControl(ControlConfig(time_limit_minutes=0.001), World(), signals)
-    loss, cause = control.agree(float("nan"), 0.0).wait()
+    control = RunControl(ControlConfig(time_limit_minutes=0.001, stop_margin_seconds=0.05), World(), signals)
+    loss, cause, sums = control.agree(float("nan"), 0.0, [2.0**52, 3.0]).wait()
     assert loss != loss
+    assert sums == [2.0**52, 3.0]
     assert cause is not None
     assert (cause.flag, cause.detail) == (Flag.NON_FINITE, "loss nan")
-    assert (found := control.agree(2.0, 0.0).wait()[1]) is not None
+    assert (found := control.agree(2.0, 0.0, []).wait().cause) is not None
     assert (found.flag, found.detail) == (Flag.SIGNAL, "SIGTERM")
 
 

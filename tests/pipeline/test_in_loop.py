@@ -36,7 +36,8 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     launches = {
         "plain": (None, ["zero.stage=0"]),
         "one": (None, ["zero.stage=0", *MEASURED]),
-        "two": (2, ["zero.stage=3", "train.activation_checkpointing=iteration", *MEASURED]),
+        # Selective checkpointing is the one that tells what a validation leaves behind at stage 3.
+        "two": (2, ["zero.stage=3", "train.activation_checkpointing=selective", *MEASURED]),
     }
     for name, (ranks, overrides) in launches.items():
         done = rookery("train", "test.yaml", f"run_dir={name}", "train.steps=10", *overrides, cwd=root, ranks=ranks)
@@ -66,7 +67,7 @@ def test_validation_measures_what_an_evaluation_does(runs: Path) -> None:
 
 def test_every_step_says_what_it_cost(runs: Path) -> None:
     config = load_config(str(runs / "test.yaml"))
-    flops = sequence_flops(config.model, "iteration", length=32)
+    flops = sequence_flops(config.model, "selective", length=32)
     for record in read_metrics(runs / "two"):
         depth = Depth(*record["num_steps"])
         assert record["model_flops"] == pytest.approx(8 * flops.model(depth))

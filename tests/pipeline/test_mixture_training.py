@@ -15,7 +15,7 @@ from data_prep.manifest import Manifest
 from data_prep.shards import RowReader, write_part
 from monitoring.runlog import read_metrics
 from pipeline.attempt import check_resumable
-from pipeline.checkpoint import CheckpointManifest, Progress
+from pipeline.checkpoints.manifest import CheckpointManifest, Progress
 from pipeline.config import load_config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.loader import open_training_data

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import resolve_checkpoint
+from pipeline.checkpoints.reader import resolve_checkpoint
 from tests.pipeline.sharded_training import STEPS, SUITES
 from tests.pipeline.test_sharded_optimizers import alone, launch, record_of, same_bits
 
@@ -22,9 +22,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_goes_on_at_a_smaller_scale_after_gradients_have_overflowed(out: Path, name: str) -> None:
     record = record_of(out, name)
     skipped = [step for step in range(STEPS) if record["skipped"][step]]
-    assert skipped == [5, 11, 17]  # whose loss is 20 times as large
+    assert skipped == [5, 11]  # whose loss is 20 times as large
     # DeepSpeed forgives the first overflow.
-    assert [record["scales"][step] for step in (0, 5, 11, 17)] == [65536.0, 65536.0, 32768.0, 16384.0]
+    assert [record["scales"][step] for step in (0, 5, 11)] == [65536.0, 65536.0, 32768.0]
     kind = "muon" if name.startswith("muon") else "adamw"
     losses = alone(kind)[0]
     assert record["losses"][:5] == pytest.approx(losses[:5], rel=2e-3)

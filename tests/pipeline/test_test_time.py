@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data_prep.tokenizer import Tokenizer
-from pipeline.checkpoint import resolve_checkpoint
-from pipeline.errors import CheckpointError
+from pipeline.checkpoints.reader import resolve_checkpoint
 from pipeline.evaluate import evaluate_checkpoint, load_model
 from pipeline.export import load_export
 from tests.ranks import rookery
@@ -92,29 +91,6 @@ def test_export_is_a_copy_that_reads_back_with_its_tokenizer(trained: Path) -> N
     assert Tokenizer.load(trained / "export").sha256 == reader.manifest.tokenizer_sha256
 
 
-def test_a_variant_is_evaluated_but_not_exported(trained: Path) -> None:
-    variant = ("run_dir=variant", "model.injection=diagonal", "train.document_mask=true", "train.steps=2")
-    done = rookery("train", "test.yaml", *variant, cwd=trained)
-    assert done.returncode == 0, done.stderr
-    done = rookery("eval", "variant", "--depths", "1,4", "--max-rows", "4", "--json", cwd=trained)
-    assert done.returncode == 0, done.stderr
-    done = rookery("export", "variant", "variant-export", cwd=trained)
-    assert done.returncode == 12
-    assert "model.injection: 'diagonal' is not in the architecture RavenForCausalLM" in done.stderr
-    assert not (trained / "variant-export").exists()
-
-
-def test_a_head_of_its_own_is_exported(trained: Path) -> None:
-    done = rookery("train", "test.yaml", "run_dir=untied", "model.tie_embeddings=false", "train.steps=1", cwd=trained)
-    assert done.returncode == 0, done.stderr
-    done = rookery("export", "untied", "untied-export", "--json", cwd=trained)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["max_abs_logit_diff"] <= 1e-5
-    weights = load_file(trained / "untied-export/model.safetensors")
-    assert not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
-    assert json.loads((trained / "untied-export/config.json").read_text())["tie_embeddings"] is False
-
-
 def test_a_new_run_begins_from_an_export(trained: Path, tmp_path: Path) -> None:
     export = tmp_path / "export"
     assert rookery("export", "run", str(export), cwd=trained).returncode == 0
@@ -134,15 +110,6 @@ def test_a_new_run_begins_from_an_export(trained: Path, tmp_path: Path) -> None:
     assert done.returncode == 12
     assert "model.scale_embedding" in done.stderr
     assert not (tmp_path / "bad").exists()
-
-
-def test_an_export_with_a_missing_weight_is_refused(trained: Path, tmp_path: Path) -> None:
-    assert rookery("export", "run", str(tmp_path / "export"), cwd=trained).returncode == 0
-    weights = load_file(tmp_path / "export/model.safetensors")
-    del weights["transformer.adapter.weight"]
-    save_file(weights, tmp_path / "export/model.safetensors")
-    with pytest.raises(CheckpointError, match="adapter"):
-        load_export(tmp_path / "export")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,12 +17,14 @@ import pytest
 import torch
 
 from monitoring.runlog import read_attempt, read_events, read_metrics, read_outcome, replayed
-from pipeline.checkpoint import CheckpointReader, list_checkpoints, resolve_checkpoint
+from pipeline.checkpoints.manifest import encode_manifest, list_checkpoints
+from pipeline.checkpoints.reader import CheckpointReader, resolve_checkpoint
 from pipeline.export import export_checkpoint
 from slurm.local import rank_command, rank_environment
+from tests.pipeline.expected_samples import expected_hashes
 from tests.ranks import rookery
 
-EXACT = ("loss", "grad_norm", "lr", "num_steps", "samples", "tokens")
+EXACT = ("loss", "grad_norm", "lr", "num_steps", "samples", "tokens", "sample_hash")
 
 
 def train(workdir: Path, *overrides: str, ranks: int | None = 2) -> subprocess.CompletedProcess[str]:
@@ -32,11 +35,14 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run_dir)]
 
 
-def start_training(workdir: Path, *overrides: str) -> subprocess.Popen[bytes]:
+def sample_hashes(run_dir: Path) -> list[str]:
+    return [record["sample_hash"] for record in read_metrics(run_dir)]
+
+
+def start_training(workdir: Path, *overrides: str, local_world_size: int = 2) -> subprocess.Popen[bytes]:
     command = rank_command(2, [sys.executable, "-m", "rookery", "train", "test.yaml", *overrides])
-    return subprocess.Popen(
-        command, cwd=workdir, env=rank_environment(2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    environment = rank_environment(2) | {"LOCAL_WORLD_SIZE": str(local_world_size)}
+    return subprocess.Popen(command, cwd=workdir, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def wait_for_step(run_dir: Path, step: int, attempt: int = 1) -> list[dict[str, Any]]:
@@ -69,6 +75,10 @@ def test_a_run_leaves_the_documented_directory(uninterrupted: Path) -> None:
     assert [record["step"] for record in records] == list(range(1, 13))
     assert records[-1]["samples"] == 12 * 8
     assert records[-1]["tokens"] == 12 * 8 * 32
+    # Each of the first 96 samples once, eight a step.
+    assert [record["sample_hash"] for record in records] == expected_hashes(
+        [range(8 * t, 8 * t + 8) for t in range(12)]
+    )
     assert records[-1]["loss"] < records[0]["loss"]
     probed = records[3]
     assert len(probed["state_rms"]) == len(probed["relative_residual"]) == sum(probed["num_steps"])
@@ -82,38 +92,48 @@ def test_training_leaves_nothing_in_shared_memory(uninterrupted: Path) -> None:
 
 def test_a_finished_run_is_left_alone(uninterrupted: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*"))
-    done = train(uninterrupted.parent)
+    done = train(uninterrupted.parent, ranks=None)
     assert done.returncode == 0, done.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*")) == before
 
 
-def test_a_rank_killed_and_a_job_stopped_lose_nothing_and_change_nothing(uninterrupted: Path, workdir: Path) -> None:
-    run_dir = workdir / "run"
-    killed = start_training(workdir)
-    ranks = wait_for_step(run_dir, 6)
+def test_a_rank_killed_and_a_job_stopped_lose_nothing_and_change_nothing(workdir: Path) -> None:
+    longer, run_dir, memory = ("train.steps=40",), workdir / "run", workdir / "memory"
+    memory.mkdir()
+    assert (done := train(workdir, *longer, "run_dir=whole")).returncode == 0, done.stderr
+    in_memory = (f"checkpoint.memory.directory={memory}", "checkpoint.memory.every=1")
+    killed = start_training(workdir, *longer, *in_memory, local_world_size=1)
+    ranks = wait_for_step(run_dir, 13)
     os.kill(ranks[1]["pid"], signal.SIGKILL)
     assert killed.wait(60) != 0
     assert read_outcome(run_dir, 1) is None
-    stopped = start_training(workdir)
-    os.kill(wait_for_step(run_dir, 9, attempt=2)[1]["pid"], signal.SIGTERM)  # one rank; all must agree
+    reached = read_metrics(run_dir)[-1]["step"]
+    first, _ = (node for run in memory.glob("rookery-*/*") for node in sorted(run.glob("*/")))
+    shutil.rmtree(first)  # this node is lost, with what it held; the other holds copies
+    stopped = start_training(workdir, *longer, *in_memory, local_world_size=1)
+    os.kill(wait_for_step(run_dir, reached + 9, attempt=2)[1]["pid"], signal.SIGTERM)  # one rank; all must agree
     assert stopped.wait(60) == 10
     outcome = read_outcome(run_dir, 2)
     assert outcome is not None
     assert outcome["exit_code"] == 10
     saved = CheckpointReader(list_checkpoints(run_dir)[-1]).manifest.progress.step
-    assert saved == outcome["step"] < 12
-    done = train(workdir)
+    assert saved == outcome["step"] < 40
+    done = train(workdir, *longer)
     assert done.returncode == 0, done.stderr
-    assert [event["step"] for event in read_events(run_dir) if event["kind"] == "start"] == [0, 4, saved]
+    started = [(event["step"], event["tiers"]) for event in read_events(run_dir) if event["kind"] == "start"]
+    assert started[::2] == [(0, []), (saved, ["shared"])]
+    assert started[1][1] == ["memory"]
+    assert 0 < started[1][0] <= reached
     assert replayed(run_dir)
     for older, newer in replayed(run_dir):
         assert {name: older[name] for name in EXACT} == {name: newer[name] for name in EXACT}
-    expected = read_metrics(uninterrupted)
-    for record, reference in zip(read_metrics(run_dir), expected, strict=True):
+    for record, reference in zip(read_metrics(run_dir), read_metrics(workdir / "whole"), strict=True):
         assert {name: record[name] for name in EXACT} == {name: reference[name] for name in EXACT}
-    ours, theirs = resolve_checkpoint(run_dir), resolve_checkpoint(uninterrupted)
-    for name in ours.manifest.shapes:
-        assert torch.equal(ours.weight(name), theirs.weight(name)), name
+    ours, theirs = resolve_checkpoint(run_dir), resolve_checkpoint(workdir / "whole")
+    for name, shape in ours.manifest.shapes.items():
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            numel = math.prod(shape)
+            assert torch.equal(ours.slice(name, kind, 0, numel), theirs.slice(name, kind, 0, numel)), (name, kind)
 
 
 @pytest.mark.parametrize(
@@ -131,18 +151,23 @@ def test_ranks_nodes_stages_and_micro_batches_do_not_change_the_curve(
     done = rookery("train", "test.yaml", *overrides, cwd=workdir, ranks=ranks, environment=nodes if ranks else None)
     assert done.returncode == 0, done.stderr
     assert losses(workdir / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert sample_hashes(workdir / "run") == sample_hashes(uninterrupted)
 
 
-def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four_in_another_stage(
-    uninterrupted: Path, workdir: Path
-) -> None:
-    for steps, ranks, stage in ((4, 2, 1), (8, 2, 0), (10, None, 0), (12, 4, 2)):
-        # The schedule is a function of the whole run's length: hold it still while the run grows in parts.
-        done = train(workdir, f"train.steps={steps}", "schedule.cooldown_steps=0", f"zero.stage={stage}", ranks=ranks)
+def test_a_run_goes_on_with_other_ranks_in_other_stages_again_and_again(workdir: Path) -> None:
+    # The schedule is a function of the whole run's length: hold it still while the run grows in parts.
+    held = ("schedule.cooldown_steps=0", "train.global_batch_size=12", "train.micro_batch_size=1")
+    for steps, ranks, stage in ((3, 2, 1), (5, 4, 3), (7, None, 1), (9, 3, 3), (12, 2, 2)):
+        done = train(workdir, *held, f"train.steps={steps}", f"zero.stage={stage}", ranks=ranks)
         assert done.returncode == 0, done.stderr
-    whole = train(workdir, "run_dir=whole", "schedule.cooldown_steps=0")
+    whole = train(workdir, *held, "run_dir=whole", ranks=None)
     assert whole.returncode == 0, whole.stderr
     assert losses(workdir / "run") == pytest.approx(losses(workdir / "whole"), rel=1e-5)
+    assert sample_hashes(workdir / "run") == sample_hashes(workdir / "whole")
+    proofs = [event["proof"] for event in read_events(workdir / "run") if event["kind"] == "loaded"]
+    assert [list(proof) for proof in proofs] == [["1", "4"]] * 4
+    for then, now in (pair for proof in proofs for pair in proof.values()):
+        assert now == pytest.approx(then, rel=1e-6)
 
 
 def test_bf16_trains_and_resumes_exactly(workdir: Path) -> None:
@@ -165,6 +190,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(uninter
     start = [event for event in read_events(workdir / "run") if event["kind"] == "start"][-1]
     assert start["step"] == 4
     assert "shard-00000.safetensors" in start["passed_over"]["step-00000008"]
+    # A checkpoint whose bytes are right, but which is not the model that it says it is.
+    newest = list_checkpoints(workdir / "run")[-1]
+    manifest = CheckpointReader(newest).manifest
+    manifest.proof["losses"]["4"] += 0.1
+    (newest / "manifest.json").write_bytes(encode_manifest(manifest))
+    done = train(workdir, "train.steps=10", "schedule.cooldown_steps=0", ranks=None)
+    assert done.returncode == 1
+    assert "the probe batch has loss" in done.stderr
+    # A file system that is not there must not be taken for a run that has not begun.
+    newest.parent.rename(workdir / "run/elsewhere")
+    done = train(workdir, "train.steps=10", "schedule.cooldown_steps=0", ranks=None)
+    assert done.returncode == 12
+    assert "has saved step-00000009, but there is no checkpoint any more" in done.stderr
 
 
 def test_a_second_job_on_the_same_run_is_refused(workdir: Path) -> None:
@@ -222,7 +260,7 @@ def test_a_diverging_run_ends_with_11_and_says_what_to_do(workdir: Path) -> None
 def test_bad_input_is_one_message_exit_12_and_nothing_written(
     workdir: Path, overrides: list[str], message: str
 ) -> None:
-    done = train(workdir, *overrides)
+    done = train(workdir, *overrides, ranks=2 if "ranks" in message else None)
     assert done.returncode == 12
     assert message in done.stderr
     assert done.stderr.count("rookery: ") == 1
@@ -233,7 +271,7 @@ def test_bad_input_is_one_message_exit_12_and_nothing_written(
 def test_a_broken_manifest_is_refused(workdir: Path, corpus: Path) -> None:
     (workdir / "broken").mkdir()
     (workdir / "broken/manifest.json").write_bytes((corpus / "data/train/manifest.json").read_bytes()[:-40])
-    done = train(workdir, "data.train=broken")
+    done = train(workdir, "data.train=broken", ranks=None)
     assert done.returncode == 12
     assert "broken/manifest.json" in done.stderr
     assert not (workdir / "run").exists()
