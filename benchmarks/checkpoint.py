@@ -54,7 +54,7 @@ EVERY = {MEMORY: 2, LOCAL: 3, SHARED: 5}  # so that some step is due in just the
 LOOK = 0.01  # seconds
 SYNCHRONOUS, STEP = "torch.save + fsync", "a step, nothing saved beside it"
 DISK, CACHE = "from the disk", "from the page cache"
-READ, READ_NEW = "reading the files into memory that is there, {}", f"reading the files into new memory, {CACHE}"
+READ, READ_NEW = "reading the files into memory that is there, {}", "reading the files into new memory, {}"
 LOAD = "find_checkpoint and fill, {}"
 Seconds = defaultdict[str, list[float]]
 
@@ -268,9 +268,10 @@ def load_in_turn(job: Job) -> list[float]:
     memory = bytearray(b"1") * room  # all of it touched
     cases: dict[str, Callable[[], dict[str, float]]] = {
         "the disk, read": lambda: {READ.format(DISK): read(files, memory)},
+        "the disk, new memory": lambda: {READ_NEW.format(DISK): read(files, mmap.mmap(-1, room))},
         "the disk, load": lambda: load(job, DISK),
         "read": lambda: {READ.format(CACHE): read(files, memory)},
-        "read, new memory": lambda: {READ_NEW: read(files, mmap.mmap(-1, room))},
+        "read, new memory": lambda: {READ_NEW.format(CACHE): read(files, mmap.mmap(-1, room))},
         "load": lambda: load(job, CACHE),
     }
     for name, case in cases.items():
@@ -334,7 +335,8 @@ def rows(seconds: Seconds) -> list[list[str]]:
     against = {STEP: [STEP], "a step beside a save": [STEP]}
     for where in (DISK, CACHE):
         against |= {name: [READ.format(where)] for name in seconds if name.endswith(where)}
-    against[LOAD.format(CACHE)] = [READ.format(CACHE), READ_NEW]
+    for where in (DISK, CACHE):
+        against[LOAD.format(where)] = [READ.format(where), READ_NEW.format(where)]
     return [
         [name, f"{median(values):.3f}", base if base != name else "", f"{ratio(values, seconds[base]):.3f}"]
         for name, values in seconds.items()

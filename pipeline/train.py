@@ -425,11 +425,10 @@ class Training:
 
     def _save(self, reports: list[float]) -> None:
         """Go on with a checkpoint that is on its way, and begin one if it is due."""
-        saver = self._saver
-        if saver.under_way or saver.due(self.progress.step):
+        if self._saver.wanted(self.progress.step):
             with self._saving():
-                saver.advance(reports)
-                saver.save(self.progress.step, self._draft)
+                self._saver.advance(reports)
+                self._saver.save(self.progress.step, self._draft)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

@@ -192,6 +192,10 @@ class Saver:
         """Return the tiers into which the state after `step` goes, the fastest first."""
         return [tier for tier in self._tiers if step % tier.every == 0]
 
+    def wanted(self, step: int) -> bool:
+        """Say whether there is anything to do after `step`: to go on with, to do again, or due."""
+        return bool(self.under_way or self._due or self.due(step))
+
     def save(self, step: int, draft: Callable[[], CheckpointManifest]) -> None:
         """Begin to save the state after `step` if a tier is due, or could not be served before.
 

@@ -271,7 +271,7 @@ def empty_files(arguments: Arguments, tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (short_rows, r"--sequence-length 0: "),
-        (existing_out, r"out: already exists .* --out"),
+        (existing_out, r"out: already exists .* name another directory"),
         (bad_document, r"bad\.txt: not UTF-8 at byte 1000000"),
         (missing_document, r"gone\.txt: no such file"),
         (missing_tokenizer, r"no-tokenizer/tokenizer\.json: cannot read"),

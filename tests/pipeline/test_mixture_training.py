@@ -83,7 +83,7 @@ def test_the_future_of_a_mixture_may_change_and_its_past_may_not(mixed: Path, mo
         data_fingerprint=data.mixture.fingerprint(400),
         tokenizer_sha256=data.tokenizer_sha256,
         world_size=1,
-        optimizer_state=[],
+        optimizer_state=["exp_avg"],
         shapes={},
         fragments={},
         files={},

@@ -62,8 +62,9 @@ class Run:
     def step(self) -> int:
         """Change the state, then do what the training does after a step."""
         self.state += 1
-        self.saver.advance(self.saver.reports())
-        self.saver.save(int(self.state[0]), self.draft)
+        if self.saver.wanted(int(self.state[0])):
+            self.saver.advance(self.saver.reports())
+            self.saver.save(int(self.state[0]), self.draft)
         return int(self.state[0])
 
     def rest(self) -> None:
