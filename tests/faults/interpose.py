@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from pathlib import Path
 
-import pytest
-
 SOURCE = Path(__file__).with_name("interpose.c")
 ALWAYS = 2**62
 
@@ -109,13 +107,12 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def build(directory: Path) -> Path:
-    """Compile the library into `directory`, once; return it. Without a compiler the test is skipped, in CI failed."""
+def build(directory: Path) -> Path | None:
+    """Compile the library into `directory` and return it; None without a compiler."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang", "g++"))), None)
+    if compiler is None:
+        return None
     library = directory / "interpose.so"
-    if not library.exists():
-        compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang", "g++"))), None)
-        if compiler is None:
-            pytest.skip("no C compiler")
-        flags = ["-x", "c", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]
-        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+    flags = ["-x", "c", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
     return library

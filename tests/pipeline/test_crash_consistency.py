@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoints.reader import newest_valid
-from tests.faults.fork_server import ForkServer, fork_server
+from tests.faults.fork_server import ForkServer, fault_server
 from tests.faults.interpose import Operation
 from tests.faults.power_loss import Disk, Record, Tree, lay_out, read_records, tree_of
 from tests.faults.saves import check_content, kill_everywhere, record, save
@@ -19,7 +19,7 @@ HALF = -1
 
 @pytest.fixture(scope="module")
 def server() -> ForkServer:
-    return fork_server()
+    return fault_server()
 
 
 def run_before(scene: str, run_dir: Path) -> tuple[int, int | None]:

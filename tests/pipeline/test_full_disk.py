@@ -12,7 +12,7 @@ import pytest
 from monitoring.runlog import read_attempt, read_events, read_metrics, read_outcome
 from pipeline.checkpoints.manifest import checkpoint_name
 from pipeline.checkpoints.reader import newest_valid, resolve_checkpoint
-from tests.faults.fork_server import ForkServer, fork_server
+from tests.faults.fork_server import ForkServer, fault_server
 from tests.faults.interpose import ALWAYS, Action, Fault, Operation
 from tests.faults.saves import check_content, save
 
@@ -21,7 +21,7 @@ STEPS = list(range(1, 13))  # of tests/pipeline/conftest.py, with a save after e
 
 @pytest.fixture(scope="module")
 def server() -> ForkServer:
-    return fork_server()
+    return fault_server()
 
 
 def full(pattern: str, error: int, room: int = 0) -> Fault:

@@ -16,7 +16,7 @@ import torch
 from monitoring.runlog import read_events, read_metrics, replayed
 from pipeline.checkpoints.manifest import WEIGHT, checkpoints_in
 from pipeline.checkpoints.reader import CheckpointReader, resolve_checkpoint
-from tests.faults.fork_server import ForkServer, fork_server
+from tests.faults.fork_server import ForkServer, fault_server
 from tests.faults.interpose import Action, Fault
 
 RANKS = 2
@@ -30,7 +30,7 @@ KILLS_OF_A_RUN = 5
 
 @pytest.fixture(scope="module")
 def server() -> ForkServer:
-    return fork_server()
+    return fault_server()
 
 
 def new_workdir(corpus: Path, place: Path) -> Path:
