@@ -101,7 +101,7 @@ def test_a_rank_killed_and_a_job_stopped_lose_nothing_and_change_nothing(workdir
     longer, run_dir, memory = ("train.steps=40",), workdir / "run", workdir / "memory"
     memory.mkdir()
     assert (done := train(workdir, *longer, "run_dir=whole")).returncode == 0, done.stderr
-    in_memory = (f"checkpoint.memory.directory={memory}", "checkpoint.memory.every=1")
+    in_memory = (f"checkpoint.memory.directory={memory}", "checkpoint.memory.every=1", "checkpoint.every=1000")
     killed = start_training(workdir, *longer, *in_memory, local_world_size=1)
     ranks = wait_for_step(run_dir, 13)
     os.kill(ranks[1]["pid"], signal.SIGKILL)
