@@ -29,10 +29,10 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CHECKSUM = "xxh3_128"
 WEIGHT = "weight"
+REMEDY = "restore it from a copy, or do without this checkpoint"
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_REMEDY = "restore it from a copy, or do without this checkpoint"
 _END = ',\n "{name}": "{value}"\n}}\n'
 
 
@@ -166,7 +166,7 @@ def decode_manifest(content: bytes, path: Path) -> CheckpointManifest:
     """
     body = content[: -len(_end(b""))]
     if content != body + _end(body):
-        raise CheckpointError(f"{path}: was damaged or changed after it was written; {_REMEDY}")
+        raise CheckpointError(f"{path}: was damaged or changed after it was written; {REMEDY}")
     try:
         fields = json.loads(content)
         del fields[CHECKSUM]
@@ -175,14 +175,14 @@ def decode_manifest(content: bytes, path: Path) -> CheckpointManifest:
         manifest = CheckpointManifest(**{**fields, "progress": Progress(**fields["progress"])})
         step: Any = manifest.progress.step
         if not isinstance(step, int) or step < 0:
-            raise CheckpointError(f"{path}: of step {step!r}; {_REMEDY}")
+            raise CheckpointError(f"{path}: of step {step!r}; {REMEDY}")
         for entry in manifest.files.values():
             int(entry["bytes"]), str(entry[CHECKSUM])
         named = {file for pieces in manifest.fragments.values() for file, _, _ in pieces}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: broken ({error}); {_REMEDY}") from None
+        raise CheckpointError(f"{path}: broken ({error}); {REMEDY}") from None
     for name in named | manifest.files.keys():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{path}: names the file {name!r}, outside its directory")

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.world import LaunchError, World
-from pipeline.launch import ranks_of_nodes
+from pipeline.checkpoints.node_directory import Place
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Well below what MPI counts in one message, 2^31 - 1; several travel at a time.
 CHUNK_BYTES = 2**28
-_SECONDS_BETWEEN_POLLS = 1e-3
 # An MPI that moves the bytes itself moves about a megabyte whenever it is asked, which once a step is too little.
 _SHARE_OF_TIME = 0.02
 
@@ -30,7 +29,6 @@ class Partner:
 
     Args:
         communicator: the ranks of equal place, one a node, in the order of the nodes; of nobody else's messages.
-        world: all ranks.
         source: rank whose bytes it receives.
         target: rank that it sends to.
 
@@ -39,9 +37,9 @@ class Partner:
         target: see above.
     """
 
-    def __init__(self, communicator: MPI.Intracomm, world: World, source: int, target: int) -> None:
+    def __init__(self, communicator: MPI.Intracomm, source: int, target: int) -> None:
         self.source, self.target = source, target
-        self._communicator, self._world = communicator, world
+        self._communicator = communicator
         size, rank = communicator.Get_size(), communicator.Get_rank()
         self._before, self._next = (rank - 1) % size, (rank + 1) % size
         self._memory = np.empty(0, dtype=np.uint8)
@@ -52,9 +50,9 @@ class Partner:
         self._started, self._polled = False, 0.0
 
     @staticmethod
-    def build(world: World) -> tuple[Partner | None, str]:
-        """Return this rank's partner, or None and why it has none; a collective with one outcome."""
-        nodes = ranks_of_nodes(world)
+    def build(world: World, at: Place) -> tuple[Partner | None, str]:
+        """Return the partner of the rank that stands `at`, or None and why it has none; a collective, one outcome."""
+        nodes = at.nodes
         if len(nodes) == 1:
             return None, "all ranks are on one node"
         if len({len(ranks) for ranks in nodes}) > 1:
@@ -64,11 +62,9 @@ class Partner:
         except LaunchError:
             return None, "the ranks were started without MPI"
         assert communicator is not None  # there are several nodes
-        index = next(index for index, ranks in enumerate(nodes) if world.rank in ranks)
-        place = nodes[index].index(world.rank)
-        peers: Any = communicator.Split(place, index)
-        source, target = (nodes[other % len(nodes)][place] for other in (index - 1, index + 1))
-        return Partner(peers, world, source, target), ""
+        peers: Any = communicator.Split(at.place, at.index)
+        source, target = (nodes[other % len(nodes)][at.place] for other in (at.index - 1, at.index + 1))
+        return Partner(peers, source, target), ""
 
     def start(self, own: memoryview) -> None:
         """Begin to send `own`, bytes that nobody may change before they have gone, and to receive.
@@ -100,13 +96,6 @@ class Partner:
             return None
         self._started, self._own = False, ()
         return self._received()
-
-    def wait(self) -> memoryview:
-        """Return what was received, when everything has come and gone."""
-        with self._world.note("partner.wait"):
-            while (received := self.poll()) is None:
-                time.sleep(_SECONDS_BETWEEN_POLLS)  # MPI's own wait takes the core from a rank that shares it
-        return received
 
     def _move_on(self) -> bool:
         """Ask MPI once; return whether everything has come and gone."""

@@ -11,6 +11,7 @@ import torch
 from pipeline.checkpoints.manifest import (
     CHECKSUM,
     MANIFEST,
+    REMEDY,
     WEIGHT,
     CheckpointManifest,
     checkpoint_name,
@@ -24,7 +25,6 @@ from pipeline.errors import CheckpointError
 # A checkpoint may have more files than a process may have open (1024 by default), and averages read many checkpoints.
 # Neighbouring elements lie in the same file or in the next.
 _OPEN_FILES = 8
-_ADVICE = "restore it from a copy, or do without this checkpoint"
 
 
 class CheckpointReader:
@@ -32,26 +32,22 @@ class CheckpointReader:
 
     Args:
         directory: a checkpoint directory.
-        verify: compare every file with its recorded size and checksum; the ranks of a job share this out.
         other_owners: take files that belong to another user.
-        manifest: its manifest, if it has been read and the files been compared with it; nothing is looked at then.
+        manifest: its manifest, if it has been read and the files been compared with it, which the ranks of a job share
+            out; without it every file is compared here with its recorded size and checksum.
 
     Raises:
         CheckpointError: it is missing, of another format or owner, or a file is not what the manifest says.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        verify: bool = True,
-        other_owners: bool = False,
-        manifest: CheckpointManifest | None = None,
+        self, directory: Path, *, other_owners: bool = False, manifest: CheckpointManifest | None = None
     ) -> None:
         self.directory = directory
-        self.manifest = manifest or read_manifest(directory, other_owners=other_owners)
-        if verify and manifest is None:
-            check_files(directory, self.manifest, self.manifest.files, other_owners=other_owners)
+        if manifest is None:
+            manifest = read_manifest(directory, other_owners=other_owners)
+            check_files(directory, manifest, manifest.files, other_owners=other_owners)
+        self.manifest = manifest
         self._other_owners = other_owners
         self._files: dict[str, SafetensorsFile] = {}
         self._open: dict[str, SafetensorsFile] = {}  # those that were used last, in that order
@@ -118,11 +114,11 @@ def check_files(
                 size = os.fstat(file.fileno()).st_size
                 intact = size == expected["bytes"] and file_checksum(file) == expected[CHECKSUM]
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing; {_ADVICE}") from None
+            raise CheckpointError(f"{path}: missing; {REMEDY}") from None
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_ADVICE}") from None
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
         if not intact:
-            raise CheckpointError(f"{path}: does not match its recorded size and checksum; {_ADVICE}")
+            raise CheckpointError(f"{path}: does not match its recorded size and checksum; {REMEDY}")
 
 
 def saved_in(run_dir: Path) -> list[Path]:

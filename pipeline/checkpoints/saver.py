@@ -157,7 +157,7 @@ class Saver:
         if wanted:
             place = find_place(self._world)
             if any(tier.replicate for tier in wanted.values()):
-                self._partner, missing = Partner.build(self._world)
+                self._partner, missing = Partner.build(self._world, place)
                 if self._partner is None:
                     self._event("checkpoint_not_replicated", reason=missing)
             with self._world.guard("node's checkpoint directories"):

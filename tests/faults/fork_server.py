@@ -3,7 +3,7 @@
     server = fault_server()
     codes = server.train(workdir, "test.yaml", faults={1: Fault(...)})
 
-The server is that of `multiprocessing`, one for all tests of a session, with the library of faults preloaded. Ranks
+The server is that of `multiprocessing`, one for all tests, with the library of faults preloaded. Ranks
 find each other without MPI, whose state no fork would survive.
 """
 
@@ -40,7 +40,7 @@ SECONDS = 60.0
 
 @cache
 def fork_server() -> ForkServer:
-    """Return the server of this session."""
+    """Return the server, the same for all tests."""
     return ForkServer()
 
 

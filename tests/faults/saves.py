@@ -13,11 +13,11 @@ import torch
 
 from data_prep.world import World
 from pipeline.checkpoints import transfer
-from pipeline.checkpoints.manifest import CheckpointManifest, Progress
 from pipeline.checkpoints.reader import CheckpointReader
 from pipeline.checkpoints.saver import CheckpointConfig, Saver
 from pipeline.engine import Fragment
 from tests.faults.interpose import Action, Fault
+from tests.pipeline.saved_checkpoint import draft
 
 SHAPE = [2, 3]
 RETENTION = CheckpointConfig(keep_last=2, keep_best=0, keep_healthy=0)
@@ -35,12 +35,10 @@ def save(run_dir: Path, step: int) -> str | None:
         Fragment(parameter="w", start=start, weight=flat[start:end], optimizer_state={"exp_avg": -flat[start:end]})
         for start, end in ((0, 4), (4, 6))
     ]
-    draft = CheckpointManifest(
-        progress=Progress(step=step), config={}, data_fingerprint="", tokenizer_sha256="", shapes={"w": SHAPE}
-    )
+    manifest = draft(step, shapes={"w": SHAPE})
     saver = Saver(RETENTION, World(), run_dir, "run", lambda: fragments, lambda kind, **fields: None)
     with patch.object(transfer, "_SECONDS_BETWEEN_LOOKS", 1e-3):  # nothing but the end of a file of 300 bytes to see
-        return saver.save_last(lambda: draft)
+        return saver.save_last(lambda: manifest)
 
 
 def check_content(reader: CheckpointReader) -> int:

@@ -45,13 +45,20 @@ def weights(step: int) -> torch.Tensor:
     return torch.randn(NUMEL, generator=torch.Generator().manual_seed(step))
 
 
+def arrived(partner: Partner) -> memoryview:
+    """Return what came from the partner, when everything has come and gone."""
+    while (content := partner.poll()) is None:
+        time.sleep(1e-3)
+    return content
+
+
 class Ranks:
     """The ranks of two nodes, with a tier in memory and one on a disk."""
 
     def __init__(self, out: Path, world: World) -> None:
         self.out, self.world = out, world
         self.place = find_place(world)
-        partner, reason = Partner.build(world)
+        partner, reason = Partner.build(world, self.place)
         assert partner is not None, reason
         self.partner = partner
         self.tiers = {
@@ -92,7 +99,7 @@ class Ranks:
                 make_partial(self.directory, step)
         part = write_part(partial, self.world.rank, snapshot)
         self.partner.start(snapshot.memory)
-        write_file(partial / shard_name(self.partner.source), self.partner.wait())
+        write_file(partial / shard_name(self.partner.source), arrived(self.partner))
         draft = CheckpointManifest(
             progress=Progress(step=step),
             config={},
@@ -132,7 +139,7 @@ def exchange(ranks: Ranks) -> dict[str, Any]:
         # A rank's bytes are of its own size, and its own value.
         own = bytes([ranks.world.rank]) * (size + ranks.world.rank if size else 0)
         ranks.partner.start(memoryview(own))
-        content = ranks.partner.wait()
+        content = arrived(ranks.partner)
         received.append([len(content), sorted(set(bytes(content)))])
     if ranks.world.rank < 2:  # the other node comes late: polling says so, and does not wait for it
         ranks.partner.start(memoryview(b"early"))
@@ -145,18 +152,18 @@ def exchange(ranks: Ranks) -> dict[str, Any]:
         "partner": ranks.partner.source,
         "received": received,
         "waited": waited,
-        "last": bytes(ranks.partner.wait()).decode(),
+        "last": bytes(arrived(ranks.partner)).decode(),
     }
 
 
 def ring_of_four(ranks: Ranks) -> dict[str, Any]:
     """The same ranks as four nodes, where the next node is not the one before."""
     os.environ["LOCAL_WORLD_SIZE"] = "1"
-    partner, reason = Partner.build(ranks.world)
+    partner, reason = Partner.build(ranks.world, find_place(ranks.world))
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     assert partner is not None, reason
     partner.start(memoryview(bytes([ranks.world.rank])))
-    return {"received": list(partner.wait()), "source": partner.source, "target": partner.target}
+    return {"received": list(arrived(partner)), "source": partner.source, "target": partner.target}
 
 
 def nothing_yet(ranks: Ranks) -> dict[str, Any]:

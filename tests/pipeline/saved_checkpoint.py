@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from data_prep.world import World
 from pipeline.checkpoints.commit import commit, complete, make_partial, partial_of, write_part
-from pipeline.checkpoints.manifest import CheckpointManifest, checkpoint_name, encode_manifest
+from pipeline.checkpoints.manifest import CheckpointManifest, Progress, checkpoint_name, encode_manifest
 from pipeline.checkpoints.shard import Snapshot
 from pipeline.engine import Fragment
+
+
+def draft(step: int, **fields: Any) -> CheckpointManifest:
+    """Return a manifest that says nothing but its step and `fields`."""
+    nothing: dict[str, Any] = {"config": {}, "data_fingerprint": "", "tokenizer_sha256": "", "shapes": {}}
+    return CheckpointManifest(progress=Progress(step=step), **{**nothing, **fields})
 
 
 def save_checkpoint(run_dir: Path, world: World, fragments: Iterable[Fragment], draft: CheckpointManifest) -> Path:

@@ -17,7 +17,7 @@ import torch
 from data_prep.world import World
 from pipeline.checkpoints.commit import remove_directory
 from pipeline.checkpoints.manifest import WEIGHT, list_checkpoints
-from pipeline.checkpoints.node_directory import NodeTier, NodeTierConfig, discard_abandoned, discard_all
+from pipeline.checkpoints.node_directory import NodeTier, NodeTierConfig, discard_abandoned, discard_all, find_place
 from pipeline.checkpoints.node_tiers import survey
 from pipeline.checkpoints.partner import Partner
 from pipeline.checkpoints.reader import CheckpointReader
@@ -278,7 +278,7 @@ def test_a_tier_that_is_opened_while_its_run_is_cleared_away_is_a_new_one(tmp_pa
 
 
 def test_a_single_rank_has_no_partner() -> None:
-    assert Partner.build(World()) == (None, "all ranks are on one node")
+    assert Partner.build(World(), find_place(World())) == (None, "all ranks are on one node")
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.world import World
-from pipeline.checkpoints.manifest import CheckpointManifest, Progress, list_checkpoints
+from pipeline.checkpoints.manifest import Progress, list_checkpoints
 from pipeline.checkpoints.retention import Facts, Known, check_rules, facts_of, keep, prune
 from pipeline.engine import Fragment
 from pipeline.errors import CheckpointError, ConfigError
-from tests.pipeline.saved_checkpoint import save_checkpoint
+from tests.pipeline.saved_checkpoint import draft, save_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,20 +115,9 @@ def test_of_checkpoints_that_carry_one_validation_only_the_measured_one_is_best(
     assert kept == {100: ["best"], 200: ["best"], 300: ["last"], 310: ["last"]}
 
 
-def draft(step: int, **fields: Any) -> CheckpointManifest:
-    return CheckpointManifest(
-        progress=Progress(step=step),
-        config={},
-        data_fingerprint="data",
-        tokenizer_sha256="tokenizer",
-        shapes={"w": [2]},
-        **fields,
-    )
-
-
 def save(run_dir: Path, step: int, **fields: Any) -> Path:
     fragment = Fragment(parameter="w", start=0, weight=torch.ones(2), optimizer_state={})
-    return save_checkpoint(run_dir, World(), [fragment], draft(step, **fields))
+    return save_checkpoint(run_dir, World(), [fragment], draft(step, shapes={"w": [2]}, **fields))
 
 
 def names(run_dir: Path) -> list[str]:

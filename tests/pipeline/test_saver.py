@@ -15,7 +15,7 @@ import torch
 from data_prep.world import World
 from monitoring.runlog import RunLog
 from pipeline.checkpoints.health import Health, contraction
-from pipeline.checkpoints.manifest import WEIGHT, CheckpointManifest, Progress, checkpoints_in, list_checkpoints
+from pipeline.checkpoints.manifest import WEIGHT, CheckpointManifest, checkpoints_in, list_checkpoints
 from pipeline.checkpoints.node_directory import NodeTierConfig
 from pipeline.checkpoints.proof import compare
 from pipeline.checkpoints.reader import CheckpointReader, resolve_checkpoint
@@ -24,6 +24,7 @@ from pipeline.checkpoints.saver import CheckpointConfig, Saver
 from pipeline.checkpoints.transfer import Outcome, Transfer
 from pipeline.engine import Fragment
 from pipeline.errors import CheckpointError, ConfigError
+from tests.pipeline.saved_checkpoint import draft
 
 RUN_ID = "0123456789abcdef"
 
@@ -48,16 +49,8 @@ class Run:
 
     def draft(self) -> CheckpointManifest:
         step = int(self.state[0])
-        return CheckpointManifest(
-            progress=Progress(step=step),
-            config={},
-            data_fingerprint="",
-            tokenizer_sha256="",
-            shapes={"w": [1000]},
-            run=RUN_ID,
-            attempt=self.attempt,
-            proof={"losses": {"1": self.answer}, "precision": "fp32"},
-        )
+        proof = {"losses": {"1": self.answer}, "precision": "fp32"}
+        return draft(step, shapes={"w": [1000]}, run=RUN_ID, attempt=self.attempt, proof=proof)
 
     def step(self) -> int:
         """Change the state, then do what the training does after a step."""
