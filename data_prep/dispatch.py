@@ -32,7 +32,7 @@ class Dispatcher:
         self._communicator = world.communicator
         self._is_root = world.rank == 0
         self._next, self._pieces = 0, pieces
-        self._working = set(range(1, world.size))  # ranks that rank 0 has yet to send home
+        self._present = set(range(1, world.size))  # ranks of which rank 0 may still have messages to receive
         self._amounts = [0] * world.size  # done by each rank, known to rank 0
         self._asked = False
         self._reported_at = 0.0
@@ -78,8 +78,14 @@ class Dispatcher:
             self._send(("abandon", None), 0, _TO_ROOT)
 
     def close(self, on_wait: Callable[[], None]) -> None:
-        """Rank 0 answers until every other rank has been sent home; the others wait until their messages are out."""
-        while self._is_root and self._working:
+        """Rank 0 answers until every other rank has taken its leave; the others wait until their messages are out.
+
+        A rank asks ahead, so its reports of progress go on after it was told that nothing is left; its leave is what
+        comes last. A message that nobody received would make MPI end with an error.
+        """
+        if not self._is_root:
+            self._send(("leave", None), 0, _TO_ROOT)
+        while self._is_root and self._present:
             self._serve()
             on_wait()
             time.sleep(_SECONDS_BETWEEN_POLLS)
@@ -105,13 +111,11 @@ class Dispatcher:
             if kind == "amount":
                 self._amounts[rank] = amount
             elif kind == "ask":
-                piece = self._advance()
-                if piece is None:
-                    self._working.discard(rank)
-                self._send(piece, rank, _TO_RANK)
-            else:
+                self._send(self._advance(), rank, _TO_RANK)
+            elif kind == "abandon":
                 self._next = self._pieces
-                self._working.discard(rank)
+            else:
+                self._present.discard(rank)
 
     def _send(self, message: object, rank: int, tag: int) -> None:
         assert self._communicator is not None

@@ -89,6 +89,33 @@ if shares:
     assert all(len(share) >= 3 for share in shares if share is not slow)
 
 
+def test_a_report_after_the_last_piece_was_given_out_is_received(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from data_prep.dispatch import Dispatcher
+from data_prep.world import World
+world = World.discover()
+dispatcher = Dispatcher(world, 1)
+if world.rank == 0:
+    while not dispatcher.done:
+        dispatcher.tick(0)
+else:
+    assert dispatcher.take() == 0
+    dispatcher.tick(1)
+    dispatcher.ask_ahead()
+    time.sleep(1.0)  # rank 0 has long answered that nothing is left
+    dispatcher.tick(2)
+assert dispatcher.take() is None
+dispatcher.close(lambda: None)
+if world.rank == 0:
+    Path(sys.argv[1]).write_text(str(dispatcher.done))
+"""
+    result = mpiexec(2, "-c", program, str(tmp_path / "done"))  # MPI ends with an error where a message is left over
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "done").read_text() == "2"
+
+
 def test_a_bad_document_of_another_rank_ends_both_with_its_name(tokenizer_dir: Path, tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text("All is well here.\n" * 2_000)
