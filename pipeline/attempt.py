@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 
 ENVIRONMENT = "environment.json"
+CONFIG = "run.yaml"
 RUN_ID = "id"
 
 # Beside the model: another optimizer has another state.
@@ -134,15 +135,27 @@ def _compare_digests(digest: str, world: World) -> None:
 def _look(config: RunConfig) -> tuple[TrainingData, str, History]:
     """Return the training data, the run's identity (empty if it has none yet), and what it did before."""
     run_dir = Path(config.run_dir)
+    data = check_input(config)
+    return data, _identity(run_dir), History.read(run_dir)
+
+
+def check_input(config: RunConfig) -> TrainingData:
+    """Return the training data; what one process can find wrong with datasets and run directory.
+
+    Raises:
+        ConfigError, DataError: they cannot be used.
+    """
+    run_dir = Path(config.run_dir)
     data = open_training_data(config)
     if config.validation.every is not None:
         Manifest.load(Path(config.data.validation))  # which looks for its shards
-    if run_dir.exists() and not (run_dir / "attempts").is_dir() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    known = (run_dir / "attempts").is_dir() or (run_dir / CONFIG).is_file()  # which is written before a job starts
+    if run_dir.exists() and not known and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ConfigError(f"run_dir: {run_dir} holds something that is not a run; name a new or empty directory")
     kept = run_dir / "tokenizer"
     if kept.exists() and Tokenizer.load(kept).sha256 != data.tokenizer_sha256:
         raise ConfigError(f"data.tokenizer: the run in {run_dir} has another tokenizer; choose another run_dir")
-    return data, _identity(run_dir), History.read(run_dir)
+    return data
 
 
 def _identity(run_dir: Path) -> str:
@@ -317,8 +330,8 @@ def _open_log(config: RunConfig, on_alarm: Callable[[str], None]) -> RunLog:
     if not (run_dir / RUN_ID).exists():
         write_atomic(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
     resolved = to_yaml(config).encode()
-    write_atomic(run_dir / "run.yaml", resolved)
-    write_atomic(log.attempt_dir / "run.yaml", resolved)
+    write_atomic(run_dir / CONFIG, resolved)
+    write_atomic(log.attempt_dir / CONFIG, resolved)
     if not (run_dir / "tokenizer").exists():
         with published_directory(run_dir / "tokenizer") as partial:
             for name in (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline import job_variables
 from pipeline.accelerator import architecture, describe, has_accelerator
 from pipeline.errors import ConfigError
 
@@ -135,11 +136,20 @@ class KernelCache:
         _remove_folders_of_ended_processes()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-        self.passed_over = None if self.archive is None or not self.archive.exists() else self._unpack(self.archive)
+        source = self._source()
+        self.passed_over = None if source is None else self._unpack(source)
         for name, folder in _LOCATIONS.items():
             if self.archive is not None or name not in os.environ:
                 os.environ[name] = str(self._folder / folder)
         self._published = self._files()
+
+    def _source(self) -> Path | None:
+        """Return the archive to read: the node's own copy, else the shared one; None if there is none."""
+        if self.archive is None:
+            return None
+        staged = os.environ.get(job_variables.STAGED_KERNELS)
+        places = [Path(staged) / self.archive.name] if staged else []
+        return next((path for path in (*places, self.archive) if path.exists()), None)
 
     def _unpack(self, path: Path) -> str | None:
         """Fill the folder from an archive; return why it was left empty, if it was."""

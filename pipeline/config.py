@@ -1,22 +1,19 @@
 """One resolved configuration for a run: shipped or own YAML, model presets, overrides, and errors that help.
 
-Precedence: defaults in the dataclasses < model preset < the YAML file < `key=value` overrides.
+Precedence: defaults in the dataclasses < model preset < what a site wants < the YAML file < `key=value` overrides.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.checkpoints.saver import CheckpointConfig
 from pipeline.control import ControlConfig
@@ -31,6 +28,7 @@ from pipeline.objective import ObjectiveConfig
 from pipeline.optim import OptimizerConfig
 from pipeline.pretrained import InitFromConfig
 from pipeline.schedules import ScheduleConfig
+from pipeline.schema import nearest, read_yaml, to_dataclass
 from pipeline.train import TrainConfig
 from pipeline.validation import ValidationConfig, validation_rows
 
@@ -84,33 +82,23 @@ class RunConfig:
             validation_rows(self)  # refuses a budget that pays for none
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice; YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def shipped_configs() -> list[str]:
     """Return the names of the run configurations that come with the package."""
     return sorted(path.stem for path in (CONFIGS / "runs").glob("*.yaml"))
 
 
-def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(source: str, overrides: Sequence[str] = (), beneath: Mapping[str, Any] | None = None) -> RunConfig:
     """Resolve a configuration.
 
     Args:
         source: path of a YAML file, or the name of a shipped configuration.
         overrides: `dotted.key=value` each.
+        beneath: dotted key -> value that hold where the file says nothing, as a site wants them.
 
     Raises:
         ConfigError: anything that is not a valid configuration; one message, with the dotted path.
     """
-    raw = _read_yaml(_locate(source, "runs", "configuration"))
+    raw = read_yaml(_locate(source, "runs", "configuration"))
     _expand_preset(raw)
     changes = OmegaConf.create({})
     for override in overrides:
@@ -124,7 +112,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         except OmegaConfBaseException as error:
             raise ConfigError(f"override {override!r}: {error}") from None
     try:
-        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.create(raw), changes))
+        merged = cast(DictConfig, OmegaConf.merge(_nested(beneath or {}), OmegaConf.create(raw), changes))
     except TypeError as error:  # a key into a list
         raise ConfigError(f"overrides {' '.join(overrides)}: {error}; give a list as a whole") from None
     config = _to_run_config(merged)
@@ -168,18 +156,16 @@ def _locate(source: str, kind: str, noun: str) -> Path:
     if path.parent != CONFIGS / kind or not path.is_file():
         names = sorted(found.stem for found in (CONFIGS / kind).glob("*.yaml"))
         raise ConfigError(
-            f"no {noun} {source!r}{_nearest(source, names)}; shipped: {', '.join(names)} (or give the path of a .yaml)"
+            f"no {noun} {source!r}{nearest(source, names)}; shipped: {', '.join(names)} (or give the path of a .yaml)"
         )
     return path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506 (derives from SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"{path}: the top level must map keys to values")
+def _nested(values: Mapping[str, Any]) -> DictConfig:
+    """Return dotted keys as sections."""
+    tree = OmegaConf.create({})
+    for key, value in values.items():
+        OmegaConf.update(tree, key, value, force_add=True)
     return tree
 
 
@@ -207,61 +193,6 @@ def _to_run_config(tree: DictConfig) -> RunConfig:
     model = tree.get("model")
     if isinstance(model, DictConfig) and "preset" in model:
         preset = str(model.pop("preset"))
-        tree["model"] = OmegaConf.merge(_read_yaml(_locate(preset, "models", "model preset")), model)
+        tree["model"] = OmegaConf.merge(read_yaml(_locate(preset, "models", "model preset")), model)
     _expand_only_dataset(tree)
-    _check_keys(OmegaConf.to_container(tree), RunConfig, "")
-    try:
-        resolved = OmegaConf.merge(OmegaConf.structured(RunConfig), tree)
-        config = cast(RunConfig, OmegaConf.to_object(resolved))
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: a value is required") from None
-    except ConfigKeyError as error:
-        raise ConfigError(f"{error.full_key}: unknown key") from None
-    except OmegaConfBaseException as error:
-        reason = (str(error.msg or error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{error.full_key or 'configuration'}: {reason}") from None
-    _check_finite(dataclasses.asdict(config), "")
-    return config
-
-
-def _check_finite(tree: dict[str, Any], prefix: str) -> None:
-    """Refuse nan and inf, which pass every comparison that a section's own checks make."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _check_finite(value, f"{prefix}{key}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{prefix}{key}: {value} is not a finite number")
-
-
-def _check_keys(tree: object, schema: type, prefix: str) -> None:
-    """Refuse unknown keys with the nearest valid one, which the library's own message does not give."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix.rstrip('.')}: {tree!r} is not a section of keys and values")
-    hints = typing.get_type_hints(schema)
-    for key, value in tree.items():
-        if key not in hints:
-            raise ConfigError(
-                f"{prefix}{key}: unknown key{_nearest(str(key), hints, prefix)}; valid: {', '.join(hints)}"
-            )
-        _check_nested(value, hints[key], f"{prefix}{key}")
-    for item in dataclasses.fields(schema):
-        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if required and item.name not in tree:
-            raise ConfigError(f"{prefix}{item.name}: a value is required")
-
-
-def _check_nested(value: object, hint: Any, path: str) -> None:
-    if dataclasses.is_dataclass(hint):
-        _check_keys(value, cast(type, hint), f"{path}.")
-    elif dataclasses.is_dataclass(inner := (typing.get_args(hint) or (None,))[-1]):  # dict[str, X] or list[X]
-        container = typing.get_origin(hint)
-        if not isinstance(value, container):
-            raise ConfigError(f"{path}: {value!r} is not a {'section of names' if container is dict else 'list'}")
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, entry in entries:
-            _check_keys(entry, cast(type, inner), f"{path}.{key}." if container is dict else f"{path}[{key}].")
-
-
-def _nearest(word: str, choices: typing.Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {prefix + close[0]!r}?)" if close else ""
+    return to_dataclass(tree, RunConfig)

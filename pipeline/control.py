@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import ConfigError
+from pipeline.job_time import seconds_left
 
 if TYPE_CHECKING:
     from data_prep.world import PendingSum, World
-
-_SQUEUE_SECONDS = 20
 
 
 @dataclass(kw_only=True)
@@ -231,57 +226,24 @@ class RunControl:
         return f"{max(left, 0.0):.0f} s left of the job's time"
 
 
-def seconds_left(environment: Mapping[str, str]) -> float | None:
-    """Return how many seconds SLURM leaves to this job, None outside a job, without a limit or if nobody can say."""
-    with suppress(KeyError, ValueError):
-        return float(environment["SLURM_JOB_END_TIME"]) - time.time()
-    job, squeue = environment.get("SLURM_JOB_ID"), shutil.which("squeue")
-    if job is None or squeue is None:
-        return None
-    try:
-        asked = subprocess.run(
-            [squeue, "-h", "-j", job, "-o", "%L"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_SQUEUE_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return parse_time_left(asked.stdout.strip())
-
-
-def parse_time_left(text: str) -> float | None:
-    """Return the seconds that squeue's %L, [days-][hours:]minutes:seconds, stands for; None for words."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if found is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
-
-
 class StopSignals:
-    """Turns SIGTERM, SIGUSR1 and SIGINT into a flag; the ranks agree on it at the end of a step.
+    """Turns SIGTERM, SIGUSR1, SIGUSR2 and SIGINT into a flag; the ranks agree on it at the end of a step.
 
     Attributes:
         received: name of the first signal that arrived, None before.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
-        with suppress(ValueError):  # only the main thread may install handlers
-            self._previous = {number: signal.signal(number, self._receive) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def listen(self) -> None:
+        """Take the signals from now on to the end of the process, so that none of them kills it while it ends."""
+        for number in self._SIGNALS:
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt  # whoever types it twice does not want to wait
         self.received = self.received or signal.Signals(number).name

@@ -183,13 +183,33 @@ def nodes_of_ranks() -> list[str]:
 
 def _choose_interface(world: World, comm: CommConfig, *, alone: bool) -> None:
     """Tell gloo and NCCL which network interface to use, unless the environment does."""
-    with world.guard("comm.interface"):
-        if comm.interface is not None:
+    problem = None
+    if comm.interface is not None:
+        try:
             address_of(comm.interface)
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", comm.interface)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", comm.interface)
-        elif alone:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        except ConfigError as error:
+            problem = str(error)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", comm.interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", comm.interface)
+    elif alone:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _judge_problems(world.allgather((node_name(), problem)), world)
+
+
+def _judge_problems(said: Sequence[tuple[str, str | None]], world: World) -> None:
+    """Refuse the configuration if all nodes have a problem with it, else the nodes that have; on every rank.
+
+    Args:
+        said: of every rank that was asked, its node and what is wrong, None if nothing is.
+        world: the ranks.
+    """
+    ill = {node: problem for node, problem in said if problem is not None}
+    if ill:
+        world.failed_together = True  # all ranks judge the same
+        reason = "; ".join(list(ill.values())[:_NODES_SHOWN])
+        if len(ill) == len({node for node, _ in said}):
+            raise ConfigError(reason)
+        raise UnhealthyNodeError(reason, list(ill))
 
 
 def address_of(interface: str) -> str:
@@ -299,8 +319,14 @@ def _meet(world: World, comm: CommConfig, nodes: list[str], *, alone: bool) -> P
         if world.rank == 0:
             listening = _listen("127.0.0.1" if alone and comm.interface is None else _own_address(comm), comm.port)
     address, port = world.broadcast(None if listening is None else listening[1]) or ("", 0)
-    with world.guard("rendezvous"):
-        store = _join(address, port) if listening is None else listening[0]
+    store, problem = None if listening is None else listening[0], None
+    if store is None:
+        try:
+            store = _join(address, port)
+        except ConfigError as error:
+            problem = str(error)
+    _judge_problems(world.allgather((nodes[world.rank], problem))[1:], world)  # rank 0 reaches itself
+    assert store is not None
     _meeting[:] = [_Meeting(address, port, world.rank, nodes)]
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), MASTER_ADDR=address, MASTER_PORT=str(port))
     return PrefixStore("collectives", store)

@@ -129,6 +129,7 @@ def train(
     world: World,
     on_step: Callable[[Record], None] = lambda record: None,
     on_alarm: Callable[[str], None] = lambda text: None,
+    signals: StopSignals | None = None,
 ) -> tuple[ExitCode, str]:
     """Train or resume the run in `config.run_dir`; a collective of all ranks.
 
@@ -137,6 +138,7 @@ def train(
         world: the ranks.
         on_step: called on rank 0 with the record of every completed step.
         on_alarm: called on rank 0 with what a person should know of at once, while the training goes on.
+        signals: what this process is told while it trains; None if nobody listens.
 
     Returns:
         How it ended, and why in words.
@@ -145,26 +147,25 @@ def train(
         ConfigError, DataError, CheckpointError: bad input; on every rank, before anything was written.
         RunError: a rank found its input damaged in mid-run.
     """
-    with StopSignals() as signals:
-        control = RunControl(config.control, world, signals)
-        start = prepare(config, world)
-        if world.rank == 0:
-            for problem in start.found.problems.values():
-                on_alarm(f"passed over: {problem}")
-        if start.progress.step >= config.train.steps:
-            start.found.open(world, Path(config.run_dir), other_owners=config.checkpoint.other_owners)
-            return ExitCode.FINISHED, f"finished before, at step {start.progress.step}; nothing to do"
-        with _process_group(config, world) as device, attempt(config, world, device, start, on_alarm) as place:
-            watchdog = Watchdog(config.control, world, journal, place.directory)
-            with (
-                watchdog,
-                Training(config, world, start, device, place, control, watchdog, on_alarm) as run,
-                journal.phase("between steps"),
-            ):
-                ending = run.loop(on_step)
-            if place.log is not None:
-                with suppress(OSError):  # a full disk: the exit code says it too
-                    place.log.outcome(ending.code, ending.reason, step=run.progress.step, **ending.fields)
+    control = RunControl(config.control, world, signals or StopSignals())
+    start = prepare(config, world)
+    if world.rank == 0:
+        for problem in start.found.problems.values():
+            on_alarm(f"passed over: {problem}")
+    if start.progress.step >= config.train.steps:
+        start.found.open(world, Path(config.run_dir), other_owners=config.checkpoint.other_owners)
+        return ExitCode.FINISHED, f"finished before, at step {start.progress.step}; nothing to do"
+    with _process_group(config, world) as device, attempt(config, world, device, start, on_alarm) as place:
+        watchdog = Watchdog(config.control, world, journal, place.directory)
+        with (
+            watchdog,
+            Training(config, world, start, device, place, control, watchdog, on_alarm) as run,
+            journal.phase("between steps"),
+        ):
+            ending = run.loop(on_step)
+        if place.log is not None:
+            with suppress(OSError):  # a full disk: the exit code says it too
+                place.log.outcome(ending.code, ending.reason, step=run.progress.step, **ending.fields)
     return ending.code, ending.reason
 
 

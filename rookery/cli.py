@@ -7,8 +7,9 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,10 +18,17 @@ import rookery.data
 import rookery.depth
 import rookery.plan
 import rookery.samples
-from data_prep.world import Control, World
+import rookery.sites
+import rookery.status
+import rookery.submit
+from monitoring.runlog import write_atomic
+from pipeline import job_variables
 from pipeline.errors import ExitCode, RunError, UnhealthyNodeError
 from rookery.checkpoints import OtherOwners
 from rookery.display import training_display
+
+if TYPE_CHECKING:
+    from data_prep.world import Control, World
 
 app = typer.Typer(
     help="Train recurrent-depth language models on AMD and NVIDIA supercomputers.",
@@ -32,11 +40,18 @@ app.add_typer(rookery.data.app, name="data")
 app.add_typer(rookery.checkpoints.app, name="checkpoints")
 app.command()(rookery.depth.depth)
 app.command()(rookery.plan.plan)
+app.command()(rookery.submit.submit)
+app.command()(rookery.submit.sweep)
+app.command()(rookery.status.status)
+app.command()(rookery.status.cancel)
+app.command()(rookery.status.doctor)
+app.add_typer(rookery.sites.app, name="sites")
 rookery.data.app.command()(rookery.samples.order)
 rookery.data.app.command()(rookery.samples.show)
 
 INTERRUPTED = 130
 _SECONDS_TO_SPEAK = 5.0
+_SECONDS_TO_LEAVE = 10.0
 _SECONDS_TO_FORWARD = 1.0  # a launcher that is told to abort drops what it has not yet read
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a YAML file, or the name of a shipped one.")]
@@ -52,6 +67,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a run, or resume it from its newest intact checkpoint; under mpiexec or srun, on all ranks."""
+    from data_prep.world import World
+    from pipeline.control import StopSignals
+
+    signals = StopSignals()
+    signals.listen()  # a job may be told to end while its ranks still import torch
     world = World.discover(_connect_without_mpi)
     with world.guard("configuration"):
         from pipeline.config import load_config
@@ -63,9 +83,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
         print(f"rookery: {text}", file=sys.stderr, flush=True)
 
     with training_display(resolved.name, resolved.train.steps, shown=world.rank == 0) as on_step:
-        code, reason = run_training(resolved, world, on_step, on_alarm)
+        code, reason = run_training(resolved, world, on_step, on_alarm, signals)
     if world.rank == 0:
         print(f"{resolved.run_dir}: {reason}", flush=True)
+        _write_verdict(code, reason)
+    _leave_together(world)
     raise typer.Exit(code)
 
 
@@ -143,6 +165,8 @@ def _connect_without_mpi() -> Control:
 
 
 def _require_one_rank(command: str) -> None:
+    from data_prep.world import World
+
     world = World.discover()
     with world.guard(command):
         if world.size > 1:
@@ -180,14 +204,33 @@ def _report_failure(error: Exception) -> int:
             print(f"rookery: {error} ({where})", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
+        if code == ExitCode.BAD_INPUT:
+            _write_verdict(code, str(error))
     if not world.failed_together:
         if world.size > 1:
             time.sleep(_SECONDS_TO_FORWARD)
         world.abort(code)
+    _leave_together(world)
     return code
 
 
+def _write_verdict(code: int, reason: str) -> None:
+    """Leave how it ended where whoever started the ranks asked for it: no attempt says it where none began."""
+    path = os.environ.get(job_variables.REFUSAL)
+    if path:
+        with suppress(OSError):  # it has been printed as well
+            write_atomic(Path(path), json.dumps({"code": int(code), "reason": reason}).encode())
+
+
+def _leave_together(world: World) -> None:
+    """Wait for the others: srun --kill-on-bad-exit kills those that still speak when the first has ended."""
+    if world.size > 1:
+        world.meet(_SECONDS_TO_LEAVE)
+
+
 def _world_or_alone() -> World:
+    from data_prep.world import World
+
     try:
         return World.discover()
     except ValueError:  # the launcher and MPI disagree, or there is no MPI
@@ -201,4 +244,5 @@ def _report_unhealthy_node(error: UnhealthyNodeError, world: World) -> int:
         time.sleep(_SECONDS_TO_SPEAK)  # the one that speaks ends the others
     if not world.failed_together:
         world.abort(ExitCode.UNHEALTHY_NODE)
+    _leave_together(world)
     return ExitCode.UNHEALTHY_NODE

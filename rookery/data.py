@@ -168,12 +168,12 @@ def build(  # noqa: PLR0913 - a parameter a flag
         str | None, typer.Option(metavar="I/N", help="Do the share of task I of an array of N, without MPI.")
     ] = None,
     array: Annotated[int | None, typer.Option(metavar="N", help="Submit N such tasks through Submitit.")] = None,
-    cluster: Annotated[
+    site: Annotated[
         str | None,
-        typer.Option(metavar="slurm|local", help="Where the array runs; local waits for it.  [default: slurm]"),
+        typer.Option(metavar="NAME", help="Profile by which the array runs (`rookery sites`); `local` waits for it."),
     ] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, time in minutes; may be repeated.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, as time=2h; may be repeated.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -205,13 +205,11 @@ def build(  # noqa: PLR0913 - a parameter a flag
         share = None if task is None else _task(task)
         if array is not None and (world.size > 1 or share is not None):
             raise DataError(f"--array {array}: submits tasks; leave out --task, mpiexec and srun")
-        if array is None and (sbatch or cluster is not None):
-            raise DataError("--sbatch, --cluster: are of use with --array alone")
+        if array is None and (sbatch or site is not None):
+            raise DataError("--sbatch, --site: are of use with --array alone")
     if array is not None:
-        job = _submit(
-            what, array, cluster or "slurm", dict(_key_and_text(option, "--sbatch") for option in sbatch or [])
-        )
-        if cluster == "local":
+        job, waited = _submit(what, array, site, dict(_key_and_text(option, "--sbatch") for option in sbatch or []))
+        if waited:
             _print_built(Manifest.load(what.out), what.out, time.perf_counter() - started, array, as_json=as_json)
         elif as_json:
             print(json.dumps({"job": job, "tasks": array}))
@@ -307,12 +305,14 @@ def _skips(skipped: int) -> str:
     return f", {skipped} bad documents skipped" if skipped else ""
 
 
-def _submit(what: Build, tasks: int, cluster: str, sbatch: dict[str, str]) -> str:
-    """Submit a build as an array of tasks, and wait for tasks that run on this machine; return the job's id."""
+def _submit(what: Build, tasks: int, site_name: str | None, sbatch: dict[str, str]) -> tuple[str, bool]:
+    """Submit a build as an array of tasks; return the job's id, and whether all ended, as they do on this machine."""
     from data_prep.errors import DataError
     from data_prep.files import refuse_existing, write_atomic
     from slurm.array import submit_array, wait_for
+    from slurm.site import load_site
 
+    site = None if site_name is None else load_site(site_name)
     if tasks < 1:
         raise DataError(f"--array {tasks}: needs at least one task")
     if what.config.filters.deduplicate != "none":
@@ -326,12 +326,13 @@ def _submit(what: Build, tasks: int, cluster: str, sbatch: dict[str, str]) -> st
     write_atomic(file, what.as_yaml().encode())
     command = [sys.executable, "-m", "rookery", "data", "build", "--config", str(file), "--task"]
     commands = [[*command, f"{number}/{tasks}"] for number in range(1, tasks + 1)]
-    jobs = submit_array(commands, folder, f"build-{what.out.name}", cluster, sbatch)
+    jobs = submit_array(commands, folder, f"build-{what.out.name}", site, sbatch)
     job: str = jobs[0].job_id.split("_")[0]
     print(f"{what.out}: {tasks} tasks submitted, job {job}; logs in {folder}", file=sys.stderr)
-    if cluster == "local":
+    local = site is not None and site.scheduler == "local"
+    if local:
         wait_for(jobs)
-    return job
+    return job, local
 
 
 def _key_and_text(setting: str, flag: str) -> tuple[str, str]:

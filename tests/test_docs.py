@@ -3,6 +3,8 @@
 A fenced block marked `sh` runs in one bash that stops at the first failing command; the blocks of one document share
 an empty working directory and run in order, so that a tutorial builds on itself. `sh make` holds `make` commands,
 which CI runs itself, and `sh needs=NAME` what only another machine can do; both are checked without running them.
+
+The `rookery` of the tests is forked from a process that has imported everything; all else is as for a reader.
 """
 
 import os
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.faults.fork_server import fork_server
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,7 +70,8 @@ def blocks_of(document: Path) -> list[Block]:
 
 def run_block(block: Block, directory: Path) -> None:
     """Runs a block; fails the test with its place and output if a command fails or time runs out."""
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = (str(fork_server().programs()), str(Path(sys.executable).parent), os.environ["PATH"])
+    env = os.environ | {"PATH": os.pathsep.join(path)}
     output = directory.with_suffix(".output")
     with output.open("w") as sink:
         # A session of its own, so that ranks and servers that a block left behind end with it.

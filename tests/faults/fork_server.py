@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,8 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from slurm.local import rank_environment
+from tests.faults import forked_rank
+from tests.faults.forked_rank import serve
 from tests.faults.interpose import Fault, build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +77,8 @@ class ForkServer:
             os.environ.clear()
             os.environ.update(before)
         self.call(_nothing)  # which waits until everything is imported
+        self._socket = folder / "ranks"
+        self._ranks = self.start(serve, str(self._socket))
 
     def start(self, target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
         """Start `target`, which can be imported, in a process of its own."""
@@ -89,6 +94,22 @@ class ForkServer:
         process.join()
         assert process.exitcode is not None
         return process.exitcode
+
+    def python(self) -> list[str]:
+        """Return the words that a launcher starts in place of `python`; `-m MODULE` must follow."""
+        while not self._socket.exists():
+            assert self._ranks.exitcode is None, "nobody forks ranks"
+            time.sleep(0.01)
+        return [sys.executable, "-S", "-E", forked_rank.__file__, str(self._socket)]
+
+    def programs(self) -> Path:
+        """Return a directory with a program `rookery` that need not import anything, for shells and launchers."""
+        program = self._socket.parent / "bin/rookery"
+        if not program.exists():
+            program.parent.mkdir()
+            program.write_text(f'#!/bin/sh\nexec {shlex.join(self.python())} -m rookery "$@"\n')
+            program.chmod(0o755)
+        return program.parent
 
     def command(
         self, arguments: tuple[str, ...], cwd: Path, environment: Mapping[str, str]

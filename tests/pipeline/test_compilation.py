@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from monitoring.runlog import read_metrics
+from pipeline import job_variables
 from pipeline.compilation import CompileConfig, KernelCache, cache_key, compile_core, compiler_problem
 from pipeline.errors import ConfigError
 from pipeline.model import RecurrentDepthModel
@@ -127,6 +128,22 @@ def test_a_damaged_archive_is_passed_over_and_written_anew(tmp_path: Path) -> No
     os.truncate(archive, archive.stat().st_size // 2)  # in the middle of a file
     assert str(archive) in str(KernelCache(tmp_path, CPU, "default").passed_over)
     assert not kernel().exists()
+
+
+@pytest.mark.usefixtures("folders")
+def test_the_copy_on_the_node_is_read_and_the_shared_archive_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, node = tmp_path / "shared", tmp_path / "node"
+    node.mkdir()
+    publish(shared).rename(node / f"{cache_key(CPU, 'default')}.tar")
+    monkeypatch.setenv(job_variables.STAGED_KERNELS, str(node))
+    kernels = KernelCache(shared, CPU, "default")
+    assert kernel().read_bytes() == b"code" * 10_000
+    assert not kernels.publish()
+    kernel().with_name("other.so").write_bytes(b"more")
+    assert kernels.publish()
+    assert [path.name for path in shared.iterdir()] == [f"{cache_key(CPU, 'default')}.tar"]
 
 
 @pytest.mark.usefixtures("folders")

@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,11 @@ import pytest
 from data_prep.world import World
 from monitoring.runlog import read_attempt, read_events, read_metrics, read_outcome
 from pipeline.checkpoints.reader import resolve_checkpoint
-from pipeline.control import ControlConfig, Flag, RunControl, StopSignals, parse_time_left, seconds_left
+from pipeline.control import ControlConfig, Flag, RunControl, StopSignals
 from pipeline.errors import ConfigError
+from pipeline.job_time import parse_time_left, seconds_left
 from slurm.local import rank_command, rank_environment
-from tests.ranks import rookery
+from tests.ranks import forked_python, rookery
 
 ASKED = 1
 
@@ -29,7 +30,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_is_named(workdir: Path) 
     overrides = ["train.steps=100000", "checkpoint.every=100000"]
     training = subprocess.Popen(
         rank_command(
-            3, [sys.executable, "-m", "rookery", "train", "test.yaml", *overrides, "train.global_batch_size=6"]
+            3, [*forked_python(), "-m", "rookery", "train", "test.yaml", *overrides, "train.global_batch_size=6"]
         ),
         cwd=workdir,
         env=rank_environment(3),
@@ -90,11 +91,29 @@ def test_a_stop_leaves_time_for_a_save_twice_as_long_as_the_last_and_for_the_lon
         ControlConfig(time_limit_minutes=0.1, stop_margin_seconds=10.0)
 
 
-def test_of_several_causes_the_most_important_is_given() -> None:
+@pytest.fixture
+def listening() -> Iterator[StopSignals]:
+    """Signals of this process, which are its own again after the test."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    previous = {number: signal.getsignal(number) for number in numbers}
     signals = StopSignals()
-    with signals:
-        signal.raise_signal(signal.SIGTERM)
-    control = RunControl(ControlConfig(time_limit_minutes=0.001, stop_margin_seconds=0.05), World(), signals)
+    signals.listen()
+    yield signals
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def test_a_second_interrupt_interrupts(listening: StopSignals) -> None:
+    signal.raise_signal(signal.SIGINT)
+    assert listening.received == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_of_several_causes_the_most_important_is_given(listening: StopSignals) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGUSR2)
+    control = RunControl(ControlConfig(time_limit_minutes=0.001, stop_margin_seconds=0.05), World(), listening)
     loss, cause, sums = control.agree(float("nan"), 0.0, [2.0**52, 3.0]).wait()
     assert loss != loss
     assert sums == [2.0**52, 3.0]

@@ -6,13 +6,13 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from monitoring.runlog import read_outcome
 from slurm.local import rank_command, rank_environment
 from tests.pipeline.failing_phases import BROKEN, PHASES
+from tests.ranks import forked_python
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4
@@ -27,7 +27,7 @@ def test_an_exception_on_one_rank_ends_all_ranks_with_its_message(workdir: Path,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        rank_command(RANKS, [sys.executable, "-m", "tests.pipeline.failing_phases", "test.yaml", str(out)]),
+        rank_command(RANKS, [*forked_python(), "-m", "tests.pipeline.failing_phases", "test.yaml", str(out)]),
         cwd=workdir,
         env=environment,
         capture_output=True,

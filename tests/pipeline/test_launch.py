@@ -26,7 +26,7 @@ from pipeline import gloo_control, launch
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, UnhealthyNodeError
 from pipeline.gloo_control import _announce, _ask, _decode, _encode, _group, _store, connect
-from pipeline.launch import CommConfig, DeviceChoice, address_of, judge_devices, roll_call
+from pipeline.launch import CommConfig, DeviceChoice, _judge_problems, address_of, judge_devices, roll_call
 from pipeline.train import train
 from slurm.local import rank_environment
 from tests.ranks import rookery
@@ -259,6 +259,15 @@ def test_what_is_no_data_is_not_read_from_the_network() -> None:
     for attack in (os.system, eval, subprocess.Popen, Path.unlink, json.dumps):
         with pytest.raises(pickle.UnpicklingError, match="is no data"):
             _decode(_encode(attack))
+
+
+def test_what_all_nodes_lack_is_the_configurations_fault_and_what_some_lack_theirs() -> None:
+    _judge_problems([("a", None), ("b", None)], World())
+    with pytest.raises(ConfigError, match="no hsn0 on a; no hsn0 on b"):
+        _judge_problems([("a", "no hsn0 on a"), ("a", "no hsn0 on a"), ("b", "no hsn0 on b")], World())
+    with pytest.raises(UnhealthyNodeError) as refused:
+        _judge_problems([("a", None), ("a", None), ("b", "no hsn0 on b")], World())
+    assert refused.value.hosts == ["b"]
 
 
 def test_an_unknown_interface_is_refused_with_those_that_exist() -> None:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pipeline.checkpoints.reader import CheckpointReader
 from pipeline.errors import ConfigError
 from slurm.local import rank_command, rank_environment
 from tests.pipeline.node_tier_ranks import NUMEL, PARAMETER, weights
+from tests.ranks import forked_python
 
 ROOT = Path(__file__).parents[2]
 OWN = f"rookery-{os.geteuid()}"
@@ -34,7 +34,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four ranks on two nodes wrote, in one launch for all cases."""
     out = tmp_path_factory.mktemp("tiers")
     done = subprocess.run(
-        rank_command(4, [sys.executable, "-m", "tests.pipeline.node_tier_ranks", str(out)]),
+        rank_command(4, [*forked_python(), "-m", "tests.pipeline.node_tier_ranks", str(out)]),
         cwd=ROOT,
         env={**rank_environment(4), "LOCAL_WORLD_SIZE": "2"},
         capture_output=True,

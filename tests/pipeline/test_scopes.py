@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from monitoring.runlog import Record, read_events, read_metrics
 from slurm.local import find_mpiexec, rank_environment
-from tests.ranks import rookery
+from tests.ranks import forked_python, rookery
 
 EXACT = ("loss", "grad_norm", "lr", "num_steps", "depths", "samples", "tokens")
 RAMPS = (
@@ -54,7 +53,7 @@ def replays_exactly(workdir: Path, before: list[Record], overrides: list[str]) -
 
 
 def test_ranks_that_would_draw_different_depths_are_refused(workdir: Path) -> None:
-    rank = [sys.executable, "-m", "rookery", "train", "test.yaml"]
+    rank = [*forked_python(), "-m", "rookery", "train", "test.yaml"]
     command = [find_mpiexec(), "-n", "1", *rank, ":", "-n", "1", *rank, "depth.sigma=0.4"]
     done = subprocess.run(
         command, cwd=workdir, env=rank_environment(2), capture_output=True, text=True, timeout=120, check=False

@@ -31,6 +31,7 @@ from tests.pipeline.sharded_training import (
     new_model,
     rate_of,
 )
+from tests.ranks import forked_python
 
 ROOT = Path(__file__).parents[2]
 # Of float32 sums in another order, after 12 steps: of a loss of about 4, and of how far a tensor has moved.
@@ -40,7 +41,7 @@ PARAMETERS = sum(parameter.numel() for parameter in new_model(1).parameters())
 
 def launch(suite: str, world: int, local: int, out: Path) -> None:
     done = subprocess.run(
-        rank_command(world, [sys.executable, "-m", "tests.pipeline.sharded_training", str(out), suite]),
+        rank_command(world, [*forked_python(), "-m", "tests.pipeline.sharded_training", str(out), suite]),
         cwd=ROOT,
         env={**rank_environment(world), "LOCAL_WORLD_SIZE": str(local)},
         capture_output=True,

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pipeline.checkpoints.reader import CheckpointReader, resolve_checkpoint
 from pipeline.export import export_checkpoint
 from slurm.local import rank_command, rank_environment
 from tests.pipeline.expected_samples import expected_hashes
-from tests.ranks import rookery
+from tests.ranks import forked_python, rookery
 
 EXACT = ("loss", "grad_norm", "lr", "num_steps", "samples", "tokens", "sample_hash")
 
@@ -40,7 +39,7 @@ def sample_hashes(run_dir: Path) -> list[str]:
 
 
 def start_training(workdir: Path, *overrides: str, local_world_size: int = 2) -> subprocess.Popen[bytes]:
-    command = rank_command(2, [sys.executable, "-m", "rookery", "train", "test.yaml", *overrides])
+    command = rank_command(2, [*forked_python(), "-m", "rookery", "train", "test.yaml", *overrides])
     environment = rank_environment(2) | {"LOCAL_WORLD_SIZE": str(local_world_size)}
     return subprocess.Popen(command, cwd=workdir, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

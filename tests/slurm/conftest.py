@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import missing_programs, slurm_cluster
+from tests.slurm.cluster import Cluster, missing_programs
+
+SITE = """\
+title: the cluster of the tests
+extends: generic-nvidia
+accelerator: cpu
+ranks_per_node: 1
+cores_per_node: 64
+cores_per_rank: 1
+binding: {mode: none}
+account_required: false
+sbatch: {}
+srun: ["--mpi=pmi2"]
+modules: []
+env: {}
+env_one_node: {}
+env_many_nodes: {}
+queues:
+  - {partition: batch, max_nodes: 3, hours: 12}
+  - {partition: low, max_nodes: 3, hours: 24, default: false}
+  - {partition: high, max_nodes: 3, hours: 1, default: false}
+"""
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of two nodes: the environment of its commands."""
+def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of three nodes, for the whole session."""
     missing = missing_programs()
     if missing:
         message = f"SLURM is not installed ({', '.join(missing)}); Debian: slurm-wlm"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
-        yield environment
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, with all its nodes up and no jobs, before the test and after it."""
+    yield running_cluster
+    running_cluster.heal()
+
+
+@pytest.fixture
+def slurm(cluster: Cluster) -> dict[str, str]:
+    """The environment of the cluster's commands."""
+    return cluster.environment
+
+
+@pytest.fixture
+def test_site(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a user's site profile that describes the cluster."""
+    folder = tmp_path / "config/rookery/sites"
+    folder.mkdir(parents=True)
+    (folder / "test.yaml").write_text(SITE)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return "test"

@@ -82,9 +82,7 @@ def test_slurm_says_why_it_refuses_an_array(workdir: Path, slurm: dict[str, str]
 
 
 def test_an_array_on_this_machine_is_waited_for(workdir: Path) -> None:
-    done = rookery(
-        "data", "build", *INPUTS, *BUILD, "--out", "local", "--array", "2", "--cluster", "local", cwd=workdir
-    )
+    done = rookery("data", "build", *INPUTS, *BUILD, "--out", "local", "--array", "2", "--site", "local", cwd=workdir)
     assert done.returncode == 0, done.stderr
     assert "local: " in done.stdout
     assert digests(workdir / "local") == digests(workdir / "plain")
@@ -94,7 +92,7 @@ def test_a_failed_task_ends_with_its_message(workdir: Path, tmp_path: Path) -> N
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": 3}\n')
     done = rookery(
-        "data", "build", "--input", str(broken), *BUILD, "--out", "failed", "--array", "2", "--cluster", "local",
+        "data", "build", "--input", str(broken), *BUILD, "--out", "failed", "--array", "2", "--site", "local",
         cwd=workdir,
     )  # fmt: skip
     assert done.returncode == 12
@@ -107,11 +105,13 @@ def test_a_failed_task_ends_with_its_message(workdir: Path, tmp_path: Path) -> N
     ("flags", "message"),
     [
         (("--array", "0"), "--array 0: needs at least one task"),
-        (("--cluster", "local"), "--sbatch, --cluster: are of use with --array alone"),
+        (("--site", "local"), "--sbatch, --site: are of use with --array alone"),
         (("--array", "2", "--set", "filters.deduplicate=documents"), "--array 2: filters.deduplicate needs ranks"),
         (("--array", "2", "--task", "1/2"), "--array 2: submits tasks; leave out --task"),
-        (("--array", "2", "--cluster", "cloud"), "--cluster cloud: is not one of slurm, local"),
-        (("--array", "2", "--sbatch", "time=1:00:00"), "--sbatch time=1:00:00: should be a number of minutes"),
+        (("--array", "2", "--site", "fronteer"), "no site 'fronteer' (did you mean 'frontier'?)"),
+        (("--array", "2", "--site", "frontier"), "site frontier: jobs need an account"),
+        (("--array", "2", "--site", "frontier", "--sbatch", "time=9h"), "2h"),
+        (("--array", "2", "--sbatch", "time=1:00"), "'1:00' is not a duration"),
         (("--array", "2", "--sbatch", "exclusive"), "--sbatch exclusive: write it as KEY=VALUE"),
     ],
 )
