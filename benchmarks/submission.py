@@ -70,6 +70,7 @@ def main() -> None:
             assert said["state"] != "unknown", said
             timed("import torch", sys.executable, "-c", "import torch")
             timed("status", *rookery, "status", f"run-{number}")
+            timed("import of status", sys.executable, "-c", "import rookery.cli, slurm.status")
             timed("python", sys.executable, "-c", "pass")
             cluster.heal()
     submit, sbatch, torch = (median(seconds[what]) for what in ("submit", "sbatch", "import torch"))

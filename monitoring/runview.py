@@ -11,14 +11,14 @@ from typing import Any
 
 from monitoring.runlog import EventsFollower, Record, RunLogError, attempts, branches, read_outcome
 
-# Exit codes are a contract of the whole project (docs/architecture.md); here they only get their words.
-_ENDINGS = {
+ENDINGS = {
     0: "finished",
     10: "stopped with a checkpoint, to be continued",
     11: "gave up: the run diverged",
     12: "refused its input",
     13: "stopped: unhealthy node",
 }
+"""The exit codes of docs/architecture.md in words."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _read_attempts(run_dir: Path, records: list[Record]) -> list[Attempt]:
             continue
         code = outcome.get("exit_code")
         code = code if isinstance(code, int) else None
-        word = "ended without an exit code" if code is None else _ENDINGS.get(code, f"crashed with exit code {code}")
+        word = "ended without an exit code" if code is None else ENDINGS.get(code, f"crashed with exit code {code}")
         reason = outcome.get("reason")
         found.append(Attempt(attempt, spans.get(attempt), code, f"{word}: {reason}" if reason else word))
     return found

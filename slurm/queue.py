@@ -32,12 +32,14 @@ ENDED = frozenset(
 
 # A node in one of these states runs nothing; a suffix of a sign (* means that it does not answer) is taken apart.
 _LOST = ("down", "drain", "fail", "not_responding", "unknown", "powered_down", "powering_down", "planned_down", "error")
-_AWAY = re.compile(
+AWAY = re.compile(
     r"unable to contact slurm controller|connection refused|socket timed out|zero bytes were transmitted|try again"
     r"|temporarily|timed out|transport endpoint|connection reset|standby mode|message (send|receive) failure"
     r"|unexpected message received",
     re.IGNORECASE,
 )
+"""What SLURM's programs say when the controller does not answer."""
+
 _GONE = re.compile(r"invalid job id|already completing|already complete|already finished", re.IGNORECASE)
 _NOT_WAITING = re.compile(_GONE.pattern + r"|no longer pending|is not pending|job is running", re.IGNORECASE)
 _WAITS_AGAIN = re.compile("job is pending execution", re.IGNORECASE)
@@ -333,7 +335,7 @@ def _ask(command: list[str], patience: float, unless: re.Pattern[str] | None = N
             ) from None
         except subprocess.TimeoutExpired:
             said = "timed out"
-        if not killed and not _AWAY.search(said):
+        if not killed and not AWAY.search(said):
             raise RefusedError(f"{' '.join(command[:2])}: SLURM refuses it: {_first_line(said)}")
         if time.monotonic() + _SECONDS_BETWEEN >= deadline:
             raise QueueError(

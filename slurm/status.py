@@ -17,19 +17,11 @@ import yaml
 
 from monitoring.goodput import useful_seconds
 from monitoring.runlog import Record, attempts, read_events, read_outcome
+from monitoring.runview import ENDINGS
 from pipeline.checkpoints.manifest import MANIFEST, list_checkpoints
 from slurm import joblog, queue
 from slurm.quarantine import quarantined
 from slurm.request import JobRequest, RequestError
-
-ENDINGS = {
-    0: "finished",
-    10: "stopped with a checkpoint, to be continued",
-    11: "gave up: the run diverged",
-    12: "refused its input",
-    13: "stopped: unhealthy node",
-}
-"""The exit codes of docs/architecture.md in words."""
 
 _WORDS = {0: "finished", 10: "stopped", 11: "diverged", 12: "refused"}
 _AT_WORK = {"RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SUSPENDED"}

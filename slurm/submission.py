@@ -22,6 +22,7 @@ from monitoring.runlog import write_atomic
 from pipeline.errors import ExitCode
 from slurm import joblog
 from slurm.limits import show_duration
+from slurm.queue import AWAY
 from slurm.request import JobRequest
 from slurm.site import Site, Variable, site_from_record, site_to_yaml
 from slurm.snapshot import FOLDER as CODE
@@ -411,9 +412,9 @@ def refusals(name: str) -> Iterator[None]:
     try:
         yield
     except FailedJobError as error:
-        raise SubmissionError(
-            f"{name}: SLURM refuses the job: {_complaint(error)}; change what it names and submit again"
-        ) from None
+        complaint = _complaint(error)
+        advice = "wait until its controller answers" if AWAY.search(complaint) else "change what it names"
+        raise SubmissionError(f"{name}: SLURM refuses the job: {complaint}; {advice} and submit again") from None
 
 
 def _complaint(error: Exception) -> str:

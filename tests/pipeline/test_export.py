@@ -135,4 +135,5 @@ def test_the_weights_are_never_twice_in_memory(workdir: Path) -> None:
     weights = (big / "export" / export.WEIGHTS).stat().st_size
     assert weights > 130 * 2**20
     assert float(difference) == 0.0
-    assert int(peak) <= 1.3 * weights, f"{int(peak) / weights:.2f} times the weights"
+    # Usually 1.1 times; what the allocator keeps of freed blocks varies, and twice would be twice.
+    assert int(peak) <= 1.6 * weights, f"{int(peak) / weights:.2f} times the weights"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+from submitit.core.utils import FailedJobError
 from typer.testing import CliRunner
 
 import rookery.plan
@@ -30,7 +31,7 @@ from slurm.request import JobRequest, RequestError
 from slurm.site import Site, SiteError, load_site
 from slurm.snapshot import ROOMS, code_digest, write_snapshot
 from slurm.steps import node_command, step_environment, train_command
-from slurm.submission import SubmissionError, batch_script, make_executor, read_site, submit, submit_links
+from slurm.submission import SubmissionError, batch_script, make_executor, read_site, refusals, submit, submit_links
 from slurm.sweep import combinations, prepare_sweep, submit_sweep
 from tests.pipeline.conftest import write_corpus
 from tests.slurm.cluster import Cluster
@@ -312,6 +313,18 @@ def test_slurm_says_why_it_refuses(queue: Cluster) -> None:
     opening, over = joblog.read(Path("run"))
     assert (opening["kind"], over["kind"], over["code"]) == ("submitted", "over", 12)
     assert "Invalid feature specification" in over["reason"]
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("Unable to contact slurm controller (connect failure)", "wait until its controller answers"),
+        ("Invalid account or account/partition combination specified", "change what it names"),
+    ],
+)
+def test_a_refusal_says_whether_to_wait(said: str, advice: str) -> None:
+    with pytest.raises(SubmissionError, match=advice), refusals("test"):
+        raise FailedJobError(f"sbatch: error: {said}")
 
 
 def test_a_chain_that_the_queue_does_not_take_whole_leaves_nothing(
