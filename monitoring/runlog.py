@@ -172,6 +172,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync_path(path: Path) -> None:
+    """Force a file's content, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class JsonlFollower:
     """Reads an append-only file of JSON lines as it grows.
 
@@ -314,11 +323,7 @@ def _make(run_dir: Path) -> None:
     new = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     for path in new:
-        parent = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
+        sync_path(path.parent)
 
 
 def _require(run_dir: Path) -> None:

@@ -58,6 +58,14 @@ class State:
         return self.weights + self.gradients + self.master + self.optimizer + self.buckets - self.on_host
 
 
+def state_of_rank(config: RunConfig, ranks: int, ranks_per_node: int) -> tuple[State, int, int]:
+    """Return what a rank holds, over how many ranks ZeRO spreads it, and the micro-batches of a rank in a step."""
+    nodes = config.zero.scope == "node" and ranks > ranks_per_node  # a single node is a world
+    shards = 1 if config.zero.stage == 0 else ranks_per_node if nodes else ranks
+    accumulation = config.train.global_batch_size // (ranks * config.train.micro_batch_size)
+    return state_bytes(config, shards, accumulation, ranks_per_node if nodes else None), shards, accumulation
+
+
 def plan(config: RunConfig, ranks: int, ranks_per_node: int, memory_gb: float | None = None) -> dict[str, Any]:
     """Return what one rank of a run needs.
 
@@ -80,10 +88,7 @@ def plan(config: RunConfig, ranks: int, ranks_per_node: int, memory_gb: float | 
     """
     _check(config, ranks, ranks_per_node, memory_gb)
     ranks_per_node = min(ranks, ranks_per_node)
-    nodes = config.zero.scope == "node" and ranks > ranks_per_node  # a single node is a world
-    shards = 1 if config.zero.stage == 0 else ranks_per_node if nodes else ranks
-    accumulation = config.train.global_batch_size // (ranks * config.train.micro_batch_size)
-    state = state_bytes(config, shards, accumulation, ranks_per_node if nodes else None)
+    state, shards, accumulation = state_of_rank(config, ranks, ranks_per_node)
     depth = largest_backprop_depth(config)
     drawn = forecast(config, config.train.steps, ranks)["curve"]
     mean = Depth(sum(drawn["n"]) / len(drawn["n"]), sum(drawn["k"]) / len(drawn["k"]))

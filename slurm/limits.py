@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pipeline.schema import nearest
 from slurm.site import Queue, Site, SiteError
 
+NO_LIMIT_MINUTES = 10 * 365 * 24 * 60
+"""Time of a job that no queue ends: processes of this machine."""
+
 _UNITS = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m?)?")
 _CLOCK = re.compile(r"(?:([0-9]+)-)?([0-9]+):([0-5][0-9]):([0-5][0-9])")
 _MINUTES = (24 * 60, 60, 1)

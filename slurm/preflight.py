@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.schema import nearest
-from slurm.limits import Allotment, allot, links_for, show_duration
+from slurm.limits import NO_LIMIT_MINUTES, Allotment, allot, links_for, show_duration
 from slurm.request import JobRequest
 from slurm.site import CHAINS, Site, SiteError, account
 from slurm.snapshot import code_digest
@@ -29,7 +29,6 @@ _EVALUATION_MINUTES = 60
 _MOST_RESTARTS = 1000
 _MOST = 2**31 - 1
 _LONG_OPTION = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
-_NO_LIMIT_MINUTES = 10 * 365 * 24 * 60  # no queue ends processes of this machine
 _SAVES_OF_LEAD = 3  # the warning comes as many saves before the end as the slowest save is slower than the last one
 _SHOWN_ELSEWHERE = {
     "account": "--account",
@@ -177,7 +176,7 @@ def _time(site: Site, options: Options, warnings: list[str]) -> tuple[Allotment,
     chain = options.chain or site.chain
     if site.scheduler == "local":
         _check_local(site, options)
-        allotment = Allotment(None, None, options.minutes or _NO_LIMIT_MINUTES, None, None)
+        allotment = Allotment(None, None, options.minutes or NO_LIMIT_MINUTES, None, None)
         return allotment, 1, chain
     allotment = allot(site, options.nodes + options.spares, options.minutes, options.partition, options.qos)
     if allotment.queue is not None and allotment.queue.unverified is not None:
@@ -337,13 +336,10 @@ def _check_memory(config: RunConfig, site: Site, nodes: int, ranks_per_node: int
 @cache
 def _needs(shape: _Shape, ranks: int, ranks_per_node: int) -> tuple[int, int]:
     """Return the bytes of state and of activations on a device."""
-    from pipeline.plan import activation_bytes, largest_backprop_depth, state_bytes
+    from pipeline.plan import activation_bytes, largest_backprop_depth, state_of_rank
 
     config = shape.config
-    in_nodes = config.zero.scope == "node" and ranks > ranks_per_node
-    shards = 1 if config.zero.stage == 0 else ranks_per_node if in_nodes else ranks
-    accumulation = config.train.global_batch_size // (ranks * config.train.micro_batch_size)
-    state = state_bytes(config, shards, accumulation, ranks_per_node if in_nodes else None)
+    state, _, _ = state_of_rank(config, ranks, ranks_per_node)
     depth = largest_backprop_depth(config)
     return state.on_device, activation_bytes(config, config.train.activation_checkpointing, depth)[0]
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from monitoring.runlog import sync_path
+
 ROOMS = ("data_prep", "kernels", "monitoring", "pipeline", "rookery", "slurm")
 FOLDER = "code"
 _ROOT = Path(__file__).resolve().parents[1]
@@ -45,15 +47,15 @@ def write_snapshot(run_dir: Path) -> Path:
             copy = partial / path.relative_to(_ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-            _sync(copy)
+            sync_path(copy)
         for folder, _, _ in os.walk(partial):
-            _sync(Path(folder))
+            sync_path(Path(folder))
         try:
             partial.rename(target)
         except OSError:
             if not target.is_dir():  # else another submission was faster
                 raise
-        _sync(target.parent)
+        sync_path(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -66,11 +68,3 @@ def _files() -> Iterator[Path]:
             hidden = any(part in _SKIPPED or part.startswith(".") for part in parts)
             if path.is_file() and not hidden and path.suffix not in _COMPILED:
                 yield path
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

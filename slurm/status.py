@@ -67,7 +67,8 @@ def status(
     warnings: list[str] = []
     request = _request(run_dir, warnings)
     jobs = _jobs(run_dir, chain, patience if queue_answers else None, warnings)
-    lives = _attempts(run_dir, records, jobs, now)
+    events = read_events(run_dir)
+    lives = _attempts(run_dir, records, events, jobs, now)
     hours = _DEFAULT_QUARANTINE_HOURS if request is None else request.quarantine_hours
     over = next(({"code": each.get("code"), "reason": each.get("reason")} for each in chain if _is(each, "over")), None)
     # What a link says in passing, of the current chain: files that were not staged, an evaluation that was not sent.
@@ -85,7 +86,7 @@ def status(
         "chain": _chain(chain),
         "jobs": jobs,
         "attempts": lives,
-        **_progress(run_dir, lives),
+        **_progress(run_dir, events, lives),
         "goodput": _goodput(run_dir, records, lives, now),
         "checkpoint": _checkpoint(run_dir, now),
         "quarantine": quarantined(run_dir, hours, now),
@@ -207,11 +208,10 @@ def _job(id_: str, job: queue.QueuedJob | None, *, asked: bool) -> dict[str, Any
 
 
 def _attempts(
-    run_dir: Path, records: Sequence[Record], jobs: Sequence[dict[str, Any]], now: float
+    run_dir: Path, records: Sequence[Record], events: Sequence[Record], jobs: Sequence[dict[str, Any]], now: float
 ) -> list[dict[str, Any]]:
     numbers = attempts(run_dir)
     launches = {each.get("attempts", -1) + 1: each for each in records if _is(each, "launched")}
-    events = read_events(run_dir)
     starts = {each.get("attempt"): each.get("time") for each in reversed(events) if each["kind"] == "start"}
     running = {job["id"] for job in jobs if job["state"] in ("RUNNING", "UNKNOWN")}
     gone = {job["id"] for job in jobs if job["state"] == "GONE" or job["state"] in queue.ENDED}
@@ -276,7 +276,7 @@ def _steps(lines: Any) -> Iterator[Record]:
                 yield record
 
 
-def _progress(run_dir: Path, lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _progress(run_dir: Path, events: Sequence[Record], lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Where the run stands: the newest record, unless a later attempt has gone back behind it."""
     total = (_read_yaml(run_dir / "run.yaml").get("train") or {}).get("steps")
     answer = dict.fromkeys(("step", "tokens", "loss", "tokens_per_second", "seconds_left"))
@@ -294,7 +294,7 @@ def _progress(run_dir: Path, lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
         answer["tokens_per_second"] = sum(trained) / sum(seconds)
         if isinstance(total, int):
             answer["seconds_left"] = (total - newest["step"]) * sum(seconds) / len(seconds)
-    began = [each for each in read_events(run_dir) if each["kind"] == "start" and each.get("attempt", 0) > last]
+    began = [each for each in events if each["kind"] == "start" and each.get("attempt", 0) > last]
     if began and began[-1].get("step", newest["step"]) < newest["step"]:
         answer |= {"step": began[-1]["step"], "tokens": None, "loss": None}
     return answer

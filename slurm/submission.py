@@ -21,7 +21,7 @@ import yaml
 from monitoring.runlog import write_atomic
 from pipeline.errors import ExitCode
 from slurm import joblog
-from slurm.limits import show_duration
+from slurm.limits import NO_LIMIT_MINUTES, show_duration
 from slurm.queue import AWAY
 from slurm.request import JobRequest
 from slurm.site import Site, Variable, site_from_record, site_to_yaml
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 JOBS = "jobs"
 SITE = "site.yaml"
 RUN = "run.yaml"
-_LOCAL_MINUTES = 10 * 365 * 24 * 60  # processes of this machine have no time limit of a queue
 _FLAGS = ("", "true")
 _SET_BY_SITES = ("SLURM_CONF", "SLURM_MPI_TYPE")
 
@@ -64,7 +63,10 @@ def make_executor(
     if site.scheduler == "local":
         executor = AutoExecutor(folder, cluster="local")
         executor.update_parameters(
-            timeout_min=_LOCAL_MINUTES, tasks_per_node=1, stderr_to_stdout=True, local_setup=_local_setup(site, request)
+            timeout_min=NO_LIMIT_MINUTES,
+            tasks_per_node=1,
+            stderr_to_stdout=True,
+            local_setup=_local_setup(site, request),
         )
         return executor
     try:
