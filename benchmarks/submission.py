@@ -19,18 +19,7 @@ from pathlib import Path
 
 from benchmarks.harness import arguments, machine, median, publish
 from tests.pipeline.conftest import write_corpus
-from tests.slurm.cluster import Cluster
-
-SITE = """\
-title: the cluster of the benchmark
-accelerator: cpu
-ranks_per_node: 1
-cores_per_node: 64
-cores_per_rank: 1
-srun: ["--mpi=pmi2"]
-queues:
-  - {partition: batch, hours: 12}
-"""
+from tests.slurm.cluster import Cluster, write_profile
 
 
 def main() -> None:
@@ -39,9 +28,7 @@ def main() -> None:
     folders = tempfile.TemporaryDirectory(prefix="rk"), tempfile.TemporaryDirectory(prefix="rk")
     with folders[0] as name, folders[1] as work, Cluster(Path(name), nodes=3) as cluster:
         root = write_corpus(Path(work))
-        profile = root / "config/rookery/sites/test.yaml"
-        profile.parent.mkdir(parents=True)
-        profile.write_text(SITE)
+        write_profile(root / "config")
         environment = {**os.environ, **cluster.environment, "XDG_CONFIG_HOME": str(root / "config")}
         environment["PYTHONPATH"] = str(Path.cwd())
 

@@ -68,6 +68,31 @@ _MUNGE = "AuthType=auth/munge\nCredType=cred/munge\nAuthInfo=socket={socket},cre
 _NO_MUNGE = "AuthType=auth/none\nCredType=cred/none\nAuthInfo=cred_expire=5"
 
 
+# What a user of the cluster would write. Its ranks meet without MPI: SLURM 22.05's PMI2 sometimes mangles the addresses
+# that MPICH exchanges through it, and ranks then die or hang in MPI_Init. test_srun.py starts ranks with it.
+_PROFILE = """\
+title: the cluster of the tests
+accelerator: cpu
+ranks_per_node: 1
+cores_per_node: 64
+cores_per_rank: 1
+signal_seconds: 20
+control: torch
+srun: ["--mpi=none"]
+queues:
+  - {partition: batch, max_nodes: 3, hours: 12}
+  - {partition: low, max_nodes: 3, hours: 24, default: false}
+  - {partition: high, max_nodes: 3, hours: 1, default: false}
+"""
+
+
+def write_profile(configuration: Path) -> None:
+    """Write the site profile `test` of such a cluster into a user's directory of configuration (XDG_CONFIG_HOME)."""
+    folder = configuration / "rookery/sites"
+    folder.mkdir(parents=True)
+    (folder / "test.yaml").write_text(_PROFILE)
+
+
 def missing_programs() -> list[str]:
     """Programs of SLURM that are not installed."""
     return [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]

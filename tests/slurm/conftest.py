@@ -8,28 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing_programs
-
-SITE = """\
-title: the cluster of the tests
-extends: generic-nvidia
-accelerator: cpu
-ranks_per_node: 1
-cores_per_node: 64
-cores_per_rank: 1
-binding: {mode: none}
-account_required: false
-sbatch: {}
-srun: ["--mpi=pmi2"]
-modules: []
-env: {}
-env_one_node: {}
-env_many_nodes: {}
-queues:
-  - {partition: batch, max_nodes: 3, hours: 12}
-  - {partition: low, max_nodes: 3, hours: 24, default: false}
-  - {partition: high, max_nodes: 3, hours: 1, default: false}
-"""
+from tests.slurm.cluster import Cluster, missing_programs, write_profile
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +40,6 @@ def slurm(cluster: Cluster) -> dict[str, str]:
 @pytest.fixture
 def test_site(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a user's site profile that describes the cluster."""
-    folder = tmp_path / "config/rookery/sites"
-    folder.mkdir(parents=True)
-    (folder / "test.yaml").write_text(SITE)
+    write_profile(tmp_path / "config")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return "test"

@@ -19,25 +19,13 @@ from slurm.joblog import read
 from slurm.quarantine import quarantined
 from tests.pipeline.conftest import write_corpus
 from tests.ranks import rookery
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, write_profile
 
 ROOT = Path(__file__).parents[2]
 STEPS = 180
 PACE = 0.3  # seconds a step: no chain of links of a minute does it in two
 EVERY = 10
 
-SITE = """\
-title: the cluster of the tests
-accelerator: cpu
-ranks_per_node: 1
-cores_per_node: 64
-cores_per_rank: 1
-signal_seconds: 20
-srun: ["--mpi=pmi2"]
-queues:
-  - {partition: batch, hours: 12}
-  - {partition: low, hours: 24, default: false}
-"""
 LONGER = [f"train.steps={STEPS}", "schedule.cooldown_steps=0", f"checkpoint.every={EVERY}", "train.probe_every=100"]
 SIGNALLED = [*LONGER, "control.stop_margin_seconds=0"]
 
@@ -96,8 +84,7 @@ class Workplace:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, and a user's profile of the cluster."""
     root = write_corpus(tmp_path_factory.mktemp("runs"))
-    (root / "config/rookery/sites").mkdir(parents=True)
-    (root / "config/rookery/sites/test.yaml").write_text(SITE)
+    write_profile(root / "config")
     return root
 
 
