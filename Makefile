@@ -9,8 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUIET ?= --quiet --quiet
-# Where the site has an MPI of its own: make setup EXTRAS=dev,encoders
-EXTRAS ?= dev,encoders,mpi
+# Where the site has an MPI of its own: make setup EXTRAS=dev,encoders,sinks
+EXTRAS ?= dev,encoders,mpi,sinks
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(QUIET) --constraint constraints.txt
 PIP_FAILED := { echo "setup: pip failed, see above; all that it says: make setup QUIET=" >&2; exit 1; }
 
@@ -24,8 +24,9 @@ setup: $(STAMP) ## make .venv and install everything into it (again when pyproje
 smoke: $(STAMP) ## the whole chain, small, on this machine: text to trained, resumed, evaluated, exported model
 	$(BIN)/rookery smoke
 
+# Two processes, of which one does tests/slurm: a cluster's tests wait most of their time (tests/conftest.py).
 test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(STAMP) ## format, lint, import arrows, types
 	$(BIN)/ruff format --check .

@@ -86,13 +86,14 @@ def run_rank(steps: int, out: Path) -> None:
             with journal.collective("all_reduce", gradient.nbytes):
                 torch.distributed.all_reduce(gradient)
         with timed():
-            agreement = control.agree(1.0, watchdog.longest_step, [0.0] * 6)
+            agreement = control.agree(1.0, None, watchdog.longest_step, [0.0] * 6)
         with journal.phase("optimizer"):
-            time.sleep(UPDATE)
             torch.distributed.all_reduce(gradient)
-        with timed():
-            with journal.phase("control"):
+            with timed():  # the veto, once the gradient's norm is known
                 agreement.wait()
+                control.vetoed(False)
+            time.sleep(UPDATE)
+        with timed():
             step.__exit__(None, None, None)
             limit.__exit__(None, None, None)
 

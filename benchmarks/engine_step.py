@@ -73,8 +73,9 @@ depth: {{mean_recurrence: 8, mean_backprop_depth: 4}}
 optimizer: {{learning_rate: 1.0e-4}}
 data: {{train: {root}/data/train, validation: {root}/data/validation, tokenizer: {root}/tokenizer}}
 train:
-  {{steps: {steps}, global_batch_size: {BATCH}, micro_batch_size: {MICRO}, precision: fp32, probe_every: 1000000,
+  {{steps: {steps}, global_batch_size: {BATCH}, micro_batch_size: {MICRO}, precision: fp32,
    activation_checkpointing: iteration}}
+monitor: {{probe_every: 1000000}}
 zero: {{stage: {stage}}}
 checkpoint: {{every: 1000000}}
 """)

@@ -9,7 +9,7 @@ from typing import Any
 
 from monitoring.figures import Panel
 from monitoring.page import render_page, table, write_page
-from monitoring.series import thin
+from monitoring.reading.series import thin
 from monitoring.traces import Json, panel_layout, short
 
 _POINTS = 4000

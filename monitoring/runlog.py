@@ -18,17 +18,30 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 from monitoring.append_log import AppendLog
+from monitoring.reading.lines import LineReader
 
 Record = dict[str, Any]
 
 MOST_WAITING_STEPS = 100_000
 """Step records that wait in memory while the log cannot be written, about 1 KB each; then the oldest are dropped."""
 
+_BYTES_AT_ONCE = 8 << 20
+
 # JSON has no non-finite numbers; every language's number parser reads these strings.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Listener(Protocol):
+    """Who is told what a run log is told; must neither wait nor raise, and must not change it."""
+
+    def record(self, record: Record) -> None:
+        """Take the record of a step."""
+
+    def event(self, event: Record) -> None:
+        """Take an event."""
 
 
 class RunLogError(ValueError):
@@ -45,6 +58,7 @@ class RunLog:
         run_dir: the run's directory.
         attempt: number of this attempt, from 1.
         attempt_dir: `run_dir/attempts/NNNN`, for whatever else belongs to this attempt.
+        listeners: told of every record and event from now on.
     """
 
     def __init__(
@@ -54,6 +68,7 @@ class RunLog:
         self.attempt = attempt
         self.attempt_dir = _attempt_dir(run_dir, attempt)
         self._metrics, self._events, self._on_problem = metrics, events, on_problem
+        self.listeners: list[Listener] = []
         self._turn = Lock()
 
     @classmethod
@@ -104,12 +119,18 @@ class RunLog:
         It is on its way to the disk when this returns, unless it waits: killing the process loses nothing.
         """
         assert isinstance(record["step"], int), record
-        self._append(self._metrics, record | {"attempt": self.attempt})
+        record = record | {"attempt": self.attempt}
+        self._append(self._metrics, record)
+        for listener in self.listeners:
+            listener.record(record)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append an event with the time (unix seconds) and this attempt's number."""
         assert not fields.keys() & {"time", "attempt"}, fields
-        self._append(self._events, {"time": time.time(), "attempt": self.attempt, "kind": kind} | fields)
+        event = {"time": time.time(), "attempt": self.attempt, "kind": kind} | fields
+        self._append(self._events, event)
+        for listener in self.listeners:
+            listener.event(event)
 
     def outcome(self, exit_code: int, reason: str, **fields: Any) -> None:
         """Write how this attempt ended; an attempt without an outcome was killed or still runs.
@@ -185,7 +206,7 @@ class JsonlFollower:
     """Reads an append-only file of JSON lines as it grows.
 
     A last line without its newline is not complete: it is left for a later poll. A complete line that is not an
-    object with the required field is skipped and counted.
+    object with the required field is skipped and counted; so is one of over a megabyte.
 
     Attributes:
         path: the file; it may not exist yet.
@@ -197,21 +218,25 @@ class JsonlFollower:
         self.damaged = 0
         self._required = required
         self._kind = kind
-        self._offset = 0
+        self._reader = LineReader(path)
+
+    @property
+    def too_long(self) -> int:
+        """Number of lines skipped for their length."""
+        return self._reader.too_long
+
+    @property
+    def problem(self) -> str | None:
+        """Why the file could not be read the last time, None if it could or is not there."""
+        return self._reader.problem
 
     def poll(self) -> list[Record]:
         """Return the records completed since the last poll, in file order."""
-        records = []
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            return []
-        with file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
+        records: list[Record] = []
+        before = -1
+        while self._reader.offset != before:
+            before = self._reader.offset
+            for line in self._reader.read(_BYTES_AT_ONCE):
                 record = _decode(line)
                 if record is not None and isinstance(record.get(self._required), self._kind):
                     records.append(record)
@@ -234,21 +259,6 @@ class EventsFollower(JsonlFollower):
         super().__init__(path, "kind", str)
 
 
-class Branches(NamedTuple):
-    """The step records of a run, told apart by whether the run still stands on them.
-
-    Attributes:
-        current: what the newest record descends from, sorted by step, each step once.
-        abandoned: the rest, in the order written: steps that were replayed later, or that the newest attempt went
-            back behind and has not reached again.
-        damaged: number of unreadable lines.
-    """
-
-    current: list[Record]
-    abandoned: list[Record]
-    damaged: int
-
-
 def attempts(run_dir: Path) -> list[int]:
     """Return the numbers of all attempts, ascending."""
     _require(run_dir)
@@ -266,29 +276,10 @@ def read_attempt(run_dir: Path, attempt: int) -> list[Record]:
 def read_metrics(run_dir: Path) -> list[Record]:
     """Return one record per step, the newest attempt's, sorted by step.
 
-    It holds every step that any attempt reached; `branches` tells which of them the run still stands on.
+    It holds every step that any attempt reached; `monitoring.reading.run_table` tells which of them the run stands on.
     """
     newest = {record["step"]: record for attempt in attempts(run_dir) for record in read_attempt(run_dir, attempt)}
     return [newest[step] for step in sorted(newest)]
-
-
-def branches(run_dir: Path) -> Branches:
-    """Return the run's step records, split into the current branch and abandoned ones, in O(records)."""
-    current: list[Record] = []
-    abandoned: list[Record] = []
-    damaged = 0
-    for attempt in attempts(run_dir):
-        records, skipped = _read_attempt(run_dir, attempt)
-        damaged += skipped
-        for record in records:
-            # A step not after the last one means that training went back: all from there on is superseded.
-            left = len(current)
-            while left and current[left - 1]["step"] >= record["step"]:
-                left -= 1
-            abandoned += current[left:]
-            del current[left:]
-            current.append(record)
-    return Branches(current, abandoned, damaged)
 
 
 def replayed(run_dir: Path) -> list[tuple[Record, Record]]:

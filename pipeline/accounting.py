@@ -33,7 +33,7 @@ class Accounting:
         peak = None if config.train.precision == "fp32" else peak_flops(device)
         self._peak = None if peak is None else peak * devices
         self._device = device
-        self._communicated = _seconds_in_collectives()
+        self._communicated = journal.seconds_waited()
 
     def record(self, step: Step, seconds: float) -> Record:
         """Return the fields of the run log about a step of all ranks that took `seconds`.
@@ -60,10 +60,6 @@ class Accounting:
         """
         phases = clock.read()
         if self._device.type == "cpu":
-            total = _seconds_in_collectives()
+            total = journal.seconds_waited()
             phases["communication"], self._communicated = total - self._communicated, total
         return phases
-
-
-def _seconds_in_collectives() -> float:
-    return sum(traffic.seconds for traffic in journal.traffic().values())

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from monitoring.runlog import Record
 from pipeline.depth import Depth, DepthSchedule, deal
 from pipeline.flops import sequence_flops
 from pipeline.loader import Share, contiguous
+from pipeline.rollback import Adjustment, rate_factor
 from pipeline.schedules import batch_size, learning_rate_ratio
 
 if TYPE_CHECKING:
@@ -22,7 +28,7 @@ class Step:
     """One step of one rank.
 
     Attributes:
-        learning_rate: peak rate times the schedule.
+        learning_rate: peak rate times the schedule, times what rollbacks have made of it.
         share: the rank's samples.
         depths: what each micro-batch of `share` is run with, one depth for all of its sequences or one for each.
         drawn: all depths of the step, over all ranks: one, one a micro-batch or one a sequence.
@@ -32,6 +38,13 @@ class Step:
     share: Share
     depths: list[Depth | list[Depth]]
     drawn: list[Depth]
+
+    def depth_record(self) -> Record:
+        """Return (n, k) for the run log; of several depths the rounded means, and how often each r was drawn."""
+        mean = np.rint(np.mean(self.drawn, axis=0)).astype(int).tolist()
+        counts = Counter(sum(depth) for depth in self.drawn)
+        several = {"depths": {str(r): counts[r] for r in sorted(counts)}} if len(self.drawn) > 1 else {}
+        return {"num_steps": mean, **several}
 
 
 class Agenda:
@@ -48,6 +61,12 @@ class Agenda:
         self._schedule = DepthSchedule(config.depth, config.seed)
         self._flops = sequence_flops(config.model, config.train.activation_checkpointing)
         self._known: dict[tuple[int, int], Step] = {}
+        self._adjustments: Sequence[Adjustment] = ()
+
+    def adjust(self, adjustments: Sequence[Adjustment]) -> None:
+        """Use what rollbacks have made of the learning rate, from now on."""
+        self._adjustments = adjustments
+        self._known.clear()
 
     def upcoming(self, step: int, consumed: int, ahead: int) -> list[Step]:
         """Return `step`, which begins after `consumed` samples, and up to `ahead` steps after it."""
@@ -77,7 +96,8 @@ class Agenda:
         else:
             drawn = self._schedule.per_sequence(step, range(consumed, consumed + size))
             depths = [drawn[number * micro : (number + 1) * micro] for number in numbers]
-        return Step(config.optimizer.learning_rate * ratio, Share(consumed, size, numbers), depths, drawn)
+        rate = config.optimizer.learning_rate * ratio * rate_factor(self._adjustments, step)
+        return Step(rate, Share(consumed, size, numbers), depths, drawn)
 
 
 def schedule_digest(config: RunConfig, step: int) -> str:

@@ -27,7 +27,10 @@ from data_prep.manifest import Manifest
 from data_prep.tokenizer import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
 from data_prep.world import PeerError, World
 from kernels.attention import backend_problem
-from monitoring.runlog import RunLog, write_atomic
+from monitoring.alerting.alerts import AlertSender
+from monitoring.crashes.report import report_crashes, write_crash_report
+from monitoring.runlog import RunLog, read_outcome, write_atomic
+from monitoring.sinks.feed import Sinks, check_sinks
 from pipeline.accelerator import describe
 from pipeline.agenda import schedule_digest
 from pipeline.checkpoints.manifest import CheckpointManifest, Progress
@@ -40,6 +43,7 @@ from pipeline.loader import TrainingData, open_training_data
 from pipeline.model import build_meta_model
 from pipeline.optim import check_optimizer
 from pipeline.pretrained import check_init_from
+from pipeline.rollback import resumed
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -74,7 +78,9 @@ class Start:
     @property
     def progress(self) -> Progress:
         """How far the run is."""
-        return Progress() if self.found.manifest is None else self.found.manifest.progress
+        if self.found.manifest is None:
+            return Progress()
+        return resumed(self.found.manifest.progress, [], self.history.rollbacks)[0]
 
 
 def prepare(config: RunConfig, world: World) -> Start:
@@ -90,6 +96,8 @@ def prepare(config: RunConfig, world: World) -> Start:
         if config.train.compile.enabled and (problem := compiler_problem()):
             raise ConfigError(f"train.compile.enabled: {problem}")
         config.checkpoint.check_directories()
+        if world.rank == 0:
+            check_sinks(config.monitor.sinks)
         check_optimizer(config.optimizer, build_meta_model(config.model))
         # One rank reads the manifests; thousands that look at every shard bring a file system down.
         own = _look(config) if world.rank == 0 else None
@@ -259,7 +267,15 @@ def attempt(
     assert known is not None
     directory, run_id = known
     _record_environment(log, world, device)
+    with _logging(config, log, on_alarm):
+        yield from _begun(config, world, Attempt(directory, log, run_id), start)
+
+
+def _begun(config: RunConfig, world: World, place: Attempt, start: Start) -> Iterator[Attempt]:
+    """Yield an attempt that has its directory; write down how it failed, if it does."""
+    log = place.log
     if log is not None:
+        report_crashes(log.run_dir, log.attempt)
         found = start.found
         tiers = ["shared"] if found.candidate is None else found.candidate.tiers
         log.event(
@@ -271,18 +287,38 @@ def attempt(
             schedule=start.digest,
         )
     try:
-        yield Attempt(directory, log, run_id)
+        yield place
     except Exception as error:
         with suppress(OSError):  # a full disk must not hide what happened
-            _report_failure(directory, world, error)
+            _report_failure(place.directory, world, error)
         if isinstance(error, ValueError):
             raise RunError(f"{config.run_dir}: {error}") from error
         raise
+
+
+@contextmanager
+def _logging(config: RunConfig, log: RunLog | None, on_alarm: Callable[[str], None]) -> Iterator[None]:
+    """Let sinks and alerts follow the run log within the block, on rank 0, and close all of them."""
+    if log is None:
+        yield
+        return
+    name, settings = config.name, dataclasses.asdict(config)
+    sinks = Sinks.open(
+        config.monitor.sinks, log.run_dir, name=name, attempt=log.attempt, settings=settings, on_event=log.event
+    )
+    alerts = AlertSender(config.monitor.alerts, log.run_dir, name=name, attempt=log.attempt, on_event=log.event)
+    log.listeners += [sinks, alerts]
+    try:
+        yield
     finally:
-        if log is not None:
-            log.close()
-            if log.waiting:
-                on_alarm(f"{log.waiting} records of the run log are lost: {log.problem}")
+        outcome = read_outcome(log.run_dir, log.attempt)
+        if outcome is not None:
+            alerts.ended(outcome["exit_code"], outcome["reason"])
+        alerts.close()
+        sinks.close()
+        log.close()
+        if log.waiting:
+            on_alarm(f"{log.waiting} records of the run log are lost: {log.problem}")
 
 
 def record_unhealthy_start(config: RunConfig, world: World, error: UnhealthyNodeError) -> None:
@@ -291,6 +327,7 @@ def record_unhealthy_start(config: RunConfig, world: World, error: UnhealthyNode
         with suppress(OSError):  # a full disk must not hide what happened
             log = _open_log(config, lambda problem: None)
             write_outcome(log.attempt_dir, ExitCode.UNHEALTHY_NODE, error.reason, hosts=error.hosts)
+            write_crash_report(log.run_dir, log.attempt)
             log.close()
 
 
@@ -320,6 +357,7 @@ def _report_failure(directory: Path, world: World, error: Exception) -> None:
         reason = f"rank {world.rank} on {host}, {where}: {reason}"
     if world.rank == 0 or not world.failed_together:
         write_outcome(directory, 1, reason, **place)
+        write_crash_report(directory.parent.parent, int(directory.name))
 
 
 def _open_log(config: RunConfig, on_alarm: Callable[[str], None]) -> RunLog:

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from monitoring.config import MonitorConfig
 from pipeline.checkpoints.saver import CheckpointConfig
 from pipeline.control import ControlConfig
 from pipeline.depth import DepthConfig
@@ -61,6 +62,7 @@ class RunConfig:
     comm: CommConfig = field(default_factory=CommConfig)
     node_check: NodeCheckConfig = field(default_factory=NodeCheckConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:

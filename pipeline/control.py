@@ -7,7 +7,6 @@ the ranks meet while they compute.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
@@ -64,16 +63,24 @@ class ControlConfig:
 
 
 class Flag(IntEnum):
-    """Why a run has to end, the more important first."""
+    """What a rank has to tell all others after a step, the more important first."""
 
-    NON_FINITE = 0
-    SIGNAL = 1
-    TIME_LEFT = 2
+    SIGNAL = 0
+    TIME_LEFT = 1
+    VERDICT = 2
+    """What rank 0 made of the steps before: back to a checkpoint, or no further (pipeline/oversight.py)."""
+    NON_FINITE = 3
+    """This rank's loss, or its own part of the gradient, is not finite."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run has to end here, whatever its state."""
+        return self in (Flag.SIGNAL, Flag.TIME_LEFT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """Why the run ends, as the lowest rank that knows of it said.
+    """What was raised, as the lowest rank that knows of it said.
 
     Attributes:
         flag: the kind of reason.
@@ -115,14 +122,15 @@ class Counts:
         Raises:
             PeerError, or this rank's own failure: a rank could not read its part; on every rank.
         """
-        if self._pending is None:
-            return self._known
-        tokens, batches, failures = self._pending.wait()
-        if failures:
-            with self._world.guard(f"data of step {self._step}"):
-                if self._failure is not None:
-                    raise self._failure
-        return int(tokens), int(batches)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            tokens, batches, failures = pending.wait()
+            if failures:
+                with self._world.guard(f"data of step {self._step}"):
+                    if self._failure is not None:
+                        raise self._failure
+            self._known = int(tokens), int(batches)
+        return self._known
 
 
 class Agreed(NamedTuple):
@@ -130,7 +138,7 @@ class Agreed(NamedTuple):
 
     Attributes:
         loss_sum: the sum of the losses.
-        cause: the most important cause to end here, if any.
+        cause: the most important flag that was raised, if any.
         sums: what else the ranks gave, summed.
     """
 
@@ -146,9 +154,15 @@ class Agreement:
         self._world, self._flags = world, dict(flags)
         raised = [float(flag in flags) for flag in Flag]
         self._pending: PendingSum = world.start_sum(np.array([loss_sum, *raised, *sums]))
+        self._agreed: Agreed | None = None
 
     def wait(self) -> Agreed:
-        """Return what came of it."""
+        """Return what came of it; again and again the same."""
+        if self._agreed is None:
+            self._agreed = self._ask()
+        return self._agreed
+
+    def _ask(self) -> Agreed:
         loss_sum, *rest = self._pending.wait().tolist()
         raised, sums = rest[: len(Flag)], rest[len(Flag) :]
         flag = next((flag for flag in Flag if raised[flag]), None)
@@ -173,12 +187,14 @@ class RunControl:
         save_seconds: how long the last checkpoint took, from its snapshot to its commit; set by whoever saves.
         saving: number of those on their way, which the last one has to wait for; likewise.
         validation_seconds: how long the last validation took, likewise.
+        verdict: what rank 0 says to all with the next agreement, None for nothing; set by whoever judges the steps.
     """
 
     def __init__(self, config: ControlConfig, world: World, signals: StopSignals) -> None:
         self._world, self._signals, self._margin = world, signals, config.stop_margin_seconds
         self.save_seconds = self.validation_seconds = 0.0
         self.saving = 0
+        self.verdict: str | None = None
         self._end: float | None = None
         if world.rank == 0:
             seconds = seconds_left(os.environ) if config.time_limit_minutes is None else config.time_limit_minutes * 60
@@ -195,16 +211,22 @@ class RunControl:
         """
         return Counts(self._world, step, own, failure, alike=alike)
 
-    def agree(self, loss_sum: float, longest_step: float, sums: Sequence[float]) -> Agreement:
+    def vetoed(self, own: bool) -> bool:
+        """Return whether any rank wants the update left out; a collective, once the whole gradient is known."""
+        return bool(self._world.sum(np.array([float(own)]))[0] > 0.0)
+
+    def agree(self, loss_sum: float, broken: str | None, longest_step: float, sums: Sequence[float]) -> Agreement:
         """Begin the agreement on a step whose loss is known, while its update is not yet done.
 
         Args:
             loss_sum: summed losses of this rank's tokens.
+            broken: what of this rank's is not finite, in words; None if all is.
             longest_step: seconds of the longest of the last steps.
             sums: numbers to be summed over ranks along with it, as many on every rank.
         """
         flags = {
-            Flag.NON_FINITE: None if math.isfinite(loss_sum) else f"loss {loss_sum}",
+            Flag.VERDICT: self.verdict,
+            Flag.NON_FINITE: broken,
             Flag.SIGNAL: self._signals.received,
             Flag.TIME_LEFT: self._time_left(longest_step),
         }

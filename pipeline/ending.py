@@ -50,6 +50,19 @@ def ended(step: int, stop: Cause | None, not_saved: str | None, newest: str | No
     return Ending(ExitCode.STOPPED, f"{why}, saved at step {step}", fields)
 
 
+def gave_up(step: int, reason: str, newest: str | None) -> Ending:
+    """Return the ending of a run that could not be brought back.
+
+    Args:
+        step: completed steps.
+        reason: what was found, and why nothing more is done about it.
+        newest: name of the newest checkpoint that there is.
+    """
+    there = "there is no checkpoint" if newest is None else f"the newest checkpoint is {newest}"
+    advice = "see its incidents (`rookery report`); start again with a lower optimizer.learning_rate, or other data"
+    return Ending(ExitCode.DIVERGED, f"gave up at step {step}: {reason}; {there}; {advice}")
+
+
 def diverged(record: Record, cause: Cause | None, newest: str | None) -> Ending:
     """Return the ending after a step whose loss or gradient is not finite.
 

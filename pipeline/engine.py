@@ -31,6 +31,7 @@ from pipeline.two_level import (
     check_levels,
     chunk_numel,
 )
+from pipeline.update_gate import UpdateGate
 
 SCOPES = ("world", "node")
 # The module that holds the whole loop, and a size that no parameter group reaches.
@@ -192,12 +193,13 @@ def build_engine(  # noqa: PLR0913 (all of it decides what DeepSpeed does)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
     logger.setLevel(level)
     engine.rookery_levels = levels
+    engine.rookery_gate = UpdateGate(base_optimizer(engine))
     engine.rookery_average = None if levels is None else _average_between_nodes(engine, levels, comm, world, device)
     if isinstance(optimizer, ShardedOptimizer):
         group = torch.distributed.group.WORLD if levels is None else levels.node
         name = "world" if levels is None else NODE
         sharers = Sharers(group=group, name=name, device=device) if zero.stage > 0 else None
-        optimizer.place(dict(_pieces(engine)), sharers)
+        optimizer.place(dict(pieces(engine)), sharers)
     return engine
 
 
@@ -252,9 +254,9 @@ def _average_between_nodes(
         require(engine, "enable_backward_allreduce")  # whether it reduces gradients at stage 0 at all
         engine.enable_backward_allreduce = False
         return WholeAverage(parameters, levels, transport, comm)
-    pieces = dict(_pieces(engine))
+    found = dict(pieces(engine))
     names = [reference_name(name) for name, _ in engine.module.named_parameters()]
-    numbered = [(number, pieces[name]) for number, name in enumerate(names) if name in pieces]
+    numbered = [(number, found[name]) for number, name in enumerate(names) if name in found]
     gradients = sharded_gradients(stage, engine.optimizer, parameters, numbered)
     return ShardAverage(gradients, transport, levels.nodes, comm)
 
@@ -278,6 +280,8 @@ def set_accumulation(engine: Any, micro_batches: int) -> None:
 def optimizer_step(engine: Any, gradient_clipping: float) -> float:
     """Advance one micro-batch, the optimizer with the last one; return the norm of the whole gradient before clipping.
 
+    With the last one `engine.rookery_gate` may hold the weights; what it asks finds the norm in `whole_norm`.
+
     The norm is nan before the last micro-batch, and inf if it was not finite: then the weights are left as they were
     (`step_skipped`), as in fp16 whenever the loss scale is too large. Without ZeRO DeepSpeed clips but does not say
     the norm, so it is done here.
@@ -291,6 +295,7 @@ def optimizer_step(engine: Any, gradient_clipping: float) -> float:
         engine.rookery_average.finish()
     if boundary and not sharded:
         norm = float(nn.utils.clip_grad_norm_(engine.module.parameters(), gradient_clipping or math.inf))
+        engine.rookery_norm = norm
     scaler = _dynamic_scaler(engine)
     smallest = scaler is not None and scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1
     if smallest:
@@ -306,6 +311,14 @@ def optimizer_step(engine: Any, gradient_clipping: float) -> float:
             # With offload, stages 1 and 2 of DeepSpeed 0.19 would add the next gradients to those that overflowed.
             engine.optimizer.averaged_gradients.clear()
     return float(engine.get_global_grad_norm()) if boundary and sharded else norm
+
+
+def whole_norm(engine: Any) -> float:
+    """Return the norm of the whole gradient before clipping, as the optimizer's step begins."""
+    if engine.zero_optimization_stage() == 0:
+        return float(engine.rookery_norm)
+    require(engine.optimizer, "_global_grad_norm")  # the engine's public name has it only after the step
+    return float(engine.optimizer._global_grad_norm)  # noqa: SLF001
 
 
 def step_skipped(engine: Any) -> bool:
@@ -373,7 +386,7 @@ def owned_fragments(engine: Any, rank: int) -> Iterator[Fragment]:
 def local_fragments(engine: Any) -> Iterator[Fragment]:
     """Yield the pieces of weights and optimizer state that this rank works on: its shard, or all without ZeRO."""
     optimizer = base_optimizer(engine)
-    for name, piece in _pieces(engine):
+    for name, piece in pieces(engine):
         yield Fragment(
             parameter=name,
             start=piece.start,
@@ -382,7 +395,7 @@ def local_fragments(engine: Any) -> Iterator[Fragment]:
         )
 
 
-def _pieces(engine: Any) -> Iterator[tuple[str, Piece]]:
+def pieces(engine: Any) -> Iterator[tuple[str, Piece]]:
     """Yield (reference's name, this rank's piece) for every parameter of which it has one.
 
     Stages 1 and 2: DeepSpeed flattens every parameter group and gives each rank an equal range of it; `_hp_mapping`

@@ -192,6 +192,10 @@ class Journal:
         """Return what went through collectives since this process started, by group."""
         return dict(self._traffic)
 
+    def seconds_waited(self) -> float:
+        """Return the time in collectives since this process started, as the host sees it."""
+        return sum(traffic.seconds for traffic in self._traffic.values())
+
     def name_group(self, group: Any, name: str) -> None:
         """Call a process group of `torch.distributed` by `name`; those without one are "world" or "N ranks"."""
         self._groups[group] = name

@@ -25,7 +25,8 @@ from pipeline.initialization import INITS, initialize
 from pipeline.loader import IGNORED
 from pipeline.objective import ObjectiveConfig, loss
 from pipeline.recompute import pass_block
-from pipeline.recurrence import Recurrence, Steps, Trace
+from pipeline.recurrence import Recurrence, Steps
+from pipeline.trace import Trace
 
 # The loop lives in one module, which keeps ZeRO stage 3 able to treat it as a single leaf; the reference has no
 # such level in its names.
@@ -236,16 +237,21 @@ class RecurrentDepthModel(nn.Module):
         state: torch.Tensor = self.transformer.recurrence(initial_state, embedded, positions, num_steps, trace)[0]
         return state
 
-    def logits(self, state: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self, state: torch.Tensor, documents: torch.Tensor | None = None, trace: Trace | None = None
+    ) -> torch.Tensor:
         """Map a state of the loop (B, S, H) through norm, coda, the same norm again and the head: (B, S, V) float32."""
         transformer, positions = self.transformer, self._positions(state, documents)
-        if transformer.readout is not None:
-            state = transformer.readout(state)
-        x = transformer.ln_f(state)
+        x = transformer.ln_f(state if transformer.readout is None else transformer.readout(state))
+        if trace is not None:
+            trace.read_out(state, x)
         for block in transformer.coda:
             x = pass_block(transformer.recurrence.activation_checkpointing, block, x, positions)
+        x = transformer.ln_f(x)
+        if trace is not None:
+            trace.hidden(x)
         head = transformer.wte if self.lm_head is None else self.lm_head
-        return F.linear(transformer.ln_f(x), head.weight).float()
+        return F.linear(x, head.weight).float()
 
     def forward(
         self,
@@ -280,7 +286,7 @@ class RecurrentDepthModel(nn.Module):
         if labels is not None and trace is not None and trace.keep:
             kept = (self.logits(trace.states[depth], documents) for depth in sorted(trace.keep))
             return torch.stack([F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction="sum") for x in kept])
-        logits = self.logits(state, documents)
+        logits = self.logits(state, documents, trace)
         if labels is None:
             return logits
         mean = loss(logits, labels, self.objective, num_steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.blocks import Positions, build_blocks
 from pipeline.injection import build_injection
 from pipeline.recompute import pass_block, recomputed, selectively_recomputed
+from pipeline.trace import Trace
 
 if TYPE_CHECKING:
     from pipeline.model import ModelConfig
@@ -29,39 +29,9 @@ def steps_of_each(num_steps: Steps, sequences: int) -> list[tuple[int, int]]:
     return list(cast(Sequence[tuple[int, int]], num_steps))
 
 
-@dataclass
-class Trace:
-    """What the loop looked like from inside; of sequences of unequal depth it follows the deepest.
-
-    Attributes:
-        keep: iterations (from 1) whose state is kept.
-        states: iteration -> state (B, S, H).
-        state_rms: sqrt(mean(s_i^2)) an iteration, float32 scalars on the device.
-        relative_residual: token mean of |s_i - s_(i-1)| / |s_i| an iteration, likewise.
-    """
-
-    keep: frozenset[int] = frozenset()
-    states: dict[int, torch.Tensor] = field(default_factory=dict)
-    state_rms: list[torch.Tensor] = field(default_factory=list)
-    relative_residual: list[torch.Tensor] = field(default_factory=list)
-
-    @torch.no_grad()
-    def record(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Note the next iteration, which took the state (B, S, H) from `before` to `after`."""
-        iteration = len(self.state_rms) + 1
-        if iteration in self.keep:
-            self.states[iteration] = after
-        before, after = before.float(), after.float()
-        self.state_rms.append(after.pow(2).mean().sqrt())
-        norm = torch.linalg.vector_norm(after, dim=-1).clamp_min(1e-12)
-        self.relative_residual.append((torch.linalg.vector_norm(after - before, dim=-1) / norm).mean())
-
-    def to_lists(self) -> dict[str, list[float]]:
-        """Return the two series as plain numbers under the names of the run log; waits for the device."""
-        return {
-            "state_rms": [float(value) for value in self.state_rms],
-            "relative_residual": [float(value) for value in self.relative_residual],
-        }
+def _deepest(steps: list[tuple[int, int]]) -> int:
+    """Return how many sequences are as deep as the deepest."""
+    return steps.count(max(steps, key=sum))
 
 
 class _WithGradient(torch.autograd.Function):
@@ -128,6 +98,8 @@ class Recurrence(nn.Module):
         """
         steps = steps_of_each(num_steps, len(state))
         order = sorted(range(len(steps)), key=lambda sequence: -sum(steps[sequence]))
+        if trace is not None:
+            trace.begin(state, embedded, order[: _deepest(steps)])
         if order == sorted(order):
             state = self._deepest_first(state, embedded, positions, steps, trace)
         else:
@@ -148,7 +120,7 @@ class Recurrence(nn.Module):
         trace: Trace | None,
     ) -> torch.Tensor:
         injected = self.adapter.prepare(embedded)
-        deepest = steps.count(steps[0])
+        deepest = _deepest(steps)
         without, with_gradient = (list(counts) for counts in zip(*steps, strict=True))
         with torch.no_grad():
             state = self._iterate_each(state, injected.detach(), positions, without, deepest, trace)

@@ -67,6 +67,10 @@ def to_dataclass(tree: DictConfig | dict[str, Any], schema: type[_Schema]) -> _S
     except OmegaConfBaseException as error:
         reason = (str(error.msg or error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{error.full_key or 'configuration'}: {reason}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # of a section that lives in another room
+        raise ConfigError(str(error)) from None
     _check_finite(dataclasses.asdict(cast(Any, result)), "")
     return result
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +17,16 @@ from pipeline.accelerator import synchronize
 from pipeline.agenda import Step
 from pipeline.control import Agreement, Cause, Counts, RunControl
 from pipeline.depth import Depth
-from pipeline.engine import optimizer_step, set_accumulation, set_learning_rate
+from pipeline.engine import optimizer_step, set_accumulation, set_learning_rate, whole_norm
+from pipeline.gradient_digest import GradientDigest
 from pipeline.journal import journal
 from pipeline.loader import Loader, MicroBatch, TrainingData
 from pipeline.model import stream_key
 from pipeline.objective import goldfish_labels
-from pipeline.recurrence import Trace
 from pipeline.sample_hash import LANES, batch_sums
 from pipeline.timing import StepClock
+from pipeline.trace import Trace
+from pipeline.update_probe import UpdateProbe
 from pipeline.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -37,17 +41,36 @@ class StepResult:
         loss_sum: the losses of all trained tokens, summed.
         tokens: number of these tokens.
         gradient_norm: of the whole gradient, before clipping.
-        cause: why all ranks agreed to end after this step, None if they go on.
+        updated: whether the weights were moved.
+        cause: what was raised with this step's agreement, if anything.
         sample_sums: of the samples that the ranks fed to the model (`pipeline.sample_hash`).
         reports: the sums over ranks of what they reported.
+        fingerprint: of what this rank computed by itself, its loss and gradients; its own on every rank.
     """
 
     loss_sum: float
     tokens: int
     gradient_norm: float
+    updated: bool
     cause: Cause | None
     sample_sums: list[float]
     reports: list[float]
+    fingerprint: bytes
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.loss_sum / self.tokens if self.tokens else math.nan
+
+
+class _Task(NamedTuple):
+    """A step that can be done again: its number, what it is, what it trains on, and the updates left out before it."""
+
+    number: int
+    step: Step
+    batches: list[MicroBatch]
+    counts: Counts
+    skipped_before: int
 
 
 class Stepper:
@@ -64,6 +87,8 @@ class Stepper:
 
     Attributes:
         reports: gives the numbers that this rank reports to all with the loss of each step, as many on every rank.
+        veto: asked on every rank, before the weights move, whether it wants the update left out, given the loss in
+            nats a token and the norm of the whole gradient; None if every update is to be made.
     """
 
     def __init__(
@@ -80,30 +105,71 @@ class Stepper:
         self._control, self._watchdog, self._clock = control, watchdog, clock
         self._loader = Loader(data, config.train.micro_batch_size)
         self.reports: Callable[[], list[float]] = list
+        self.veto: Callable[[float, float], bool] | None = None
+        self._digest: GradientDigest | None = None
+        self._at_hand: _Task | None = None
+        self._forward_waits = 0.0
         self._alike = data.trains_on_all and config.objective.goldfish == 0
+
+    def take_fingerprints(self) -> None:
+        """Let the results of all steps carry fingerprints from now on."""
+        self._digest = GradientDigest(self._engine.module)
 
     def close(self) -> None:
         """End what reads ahead."""
         self._loader.close()
 
-    def do(self, number: int, upcoming: list[Step], trace: Trace | None) -> StepResult:
+    def do(
+        self, number: int, upcoming: list[Step], trace: Trace | None = None, probe: UpdateProbe | None = None
+    ) -> StepResult:
         """Do the first of the `upcoming` steps, while the data of the others are read; a collective.
 
         Args:
             number: its number, from 1.
             upcoming: the step and those after it.
             trace: records the recurrent state of the first micro-batch.
+            probe: measures the update; on all ranks or none.
 
         Raises:
             PeerError: another rank could not read its data.
         """
         step = upcoming[0]
-        with self._watchdog.step(len(step.depths), *_iterations(step)), journal.phase("step", number):
+        with self._watchdog.step(len(step.depths), *iterations(step)), journal.phase("step", number):
             batches, counts = self._read(number, upcoming)
             set_learning_rate(self._engine, step.learning_rate)
             set_accumulation(self._engine, len(batches))
-            result = self._optimize(step, batches, counts, trace)
-        return result
+            self._at_hand = _Task(number, step, batches, counts, self._engine.skipped_steps)
+            return self._optimize(self._at_hand, self._judge, trace, probe)
+
+    def repeat(self, *, update: bool, trace: Trace | None = None, probe: UpdateProbe | None = None) -> StepResult:
+        """Do the last step again in place, whose update was left out so that nothing has changed; a collective.
+
+        Args:
+            update: whether the weights may be moved this time.
+            trace: as for `do`.
+            probe: likewise.
+        """
+        task = self._at_hand
+        assert task is not None
+        cost = len(task.step.depths), *iterations(task.step)
+        with self._watchdog.step(*cost), journal.phase("step again", task.number):
+            return self._optimize(task, self._judge if update else _refuse, trace, probe)
+
+    def own_iterations(self) -> tuple[int, float, float]:
+        """Return this rank's micro-batches of the last step, and their iterations without and with gradient, summed."""
+        assert self._at_hand is not None
+        depths = self._at_hand.step.depths
+        means = [np.mean(depth, axis=0) if isinstance(depth, list) else np.array(depth) for depth in depths]
+        without, with_gradient = np.sum(means, axis=0)
+        return len(depths), float(without), float(with_gradient)
+
+    def forward_seconds(self, phases: Mapping[str, float]) -> float:
+        """Return the seconds of the last step's forward passes without the collectives in them.
+
+        Args:
+            phases: seconds of the phases since the step began.
+        """
+        return phases.get("forward", 0.0) - self._forward_waits
 
     def _read(self, number: int, upcoming: list[Step]) -> tuple[list[MicroBatch], Counts]:
         """Return this rank's micro-batches, and the sums over all ranks of what is in them, under way."""
@@ -124,16 +190,29 @@ class Stepper:
             self._await(counts)
         return batches, counts
 
-    def _optimize(self, step: Step, batches: list[MicroBatch], counts: Counts, trace: Trace | None) -> StepResult:
+    def _optimize(
+        self,
+        task: _Task,
+        judge: Callable[[Agreement, int], bool],
+        trace: Trace | None,
+        probe: UpdateProbe | None,
+    ) -> StepResult:
+        _, step, batches, counts, skipped_before = task
         losses = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens, mean_tokens, gradient_norm = 0, math.nan, math.nan
         sample_sums = np.zeros(LANES)
         agreement: Agreement | None = None
+        fingerprint = b""
+        self._forward_waits = 0.0
+        if self._digest is not None:
+            self._digest.reset()
         for index, (batch, depth) in enumerate(zip(batches, step.depths, strict=True)):
             if index == 0 and self._config.zero.stage == 3:  # its forward pass is a collective already
                 tokens, mean_tokens = self._await(counts)
+            waited = journal.seconds_waited()
             with self._phase("forward"):
                 objective = self._forward(batch, depth, trace if index == 0 else None)
+            self._forward_waits += journal.seconds_waited() - waited
             sample_sums += batch_sums(batch.samples.tolist())  # of what was fed, whatever the schedule says
             if index == 0 and self._config.zero.stage < 3:
                 tokens, mean_tokens = self._await(counts)
@@ -143,21 +222,44 @@ class Stepper:
                 losses += self._engine.module.cross_entropy.double() * batch.trained_tokens
             if index == len(batches) - 1:  # its sum travels during the update
                 sums = [*sample_sums.tolist(), *self.reports()]
-                agreement = self._control.agree(float(losses), self._watchdog.longest_step, sums)
+                broken, fingerprint = self._own_part(losses)
+                agreement = self._control.agree(float(losses), broken, self._watchdog.longest_step, sums)
+                decide = None if self.veto is None else partial(judge, agreement, tokens)
+                self._engine.rookery_gate.arm(decide, probe)
             with self._phase("optimizer"):
                 gradient_norm = optimizer_step(self._engine, self._config.optimizer.gradient_clipping)
         synchronize(self._device)
         assert agreement is not None
         with self._phase("control"):
             agreed = agreement.wait()
+        updated = self._engine.rookery_gate.passed
+        # DeepSpeed counts those alone that it left out itself, and a repetition counts as none.
+        self._engine.skipped_steps = skipped_before + (not updated)
         return StepResult(
             loss_sum=agreed.loss_sum,
             tokens=tokens,
             gradient_norm=gradient_norm,
+            updated=updated,
             cause=agreed.cause,
             sample_sums=agreed.sums[:LANES],
             reports=agreed.sums[LANES:],
+            fingerprint=fingerprint,
         )
+
+    def _own_part(self, losses: torch.Tensor) -> tuple[str | None, bytes]:
+        """Return what of this rank's own is not finite, in words, and a fingerprint of what it computed."""
+        digest, finite = b"", True
+        if self._digest is not None:
+            digest, finite = self._digest.read()
+        loss = float(losses)
+        broken = f"loss {loss}" if not math.isfinite(loss) else None if finite else "a gradient that is not finite"
+        return broken, struct.pack("=d", loss) + digest
+
+    def _judge(self, agreement: Agreement, tokens: int) -> bool:
+        """Return whether all ranks let the update pass; a collective."""
+        assert self.veto is not None
+        loss_sum = agreement.wait().loss_sum
+        return not self._control.vetoed(self.veto(loss_sum / max(tokens, 1), whole_norm(self._engine)))
 
     @torch.no_grad()
     def warm_up(self, length: int) -> None:
@@ -193,7 +295,12 @@ class Stepper:
             yield
 
 
-def _iterations(step: Step) -> tuple[float, float]:
+def _refuse(agreement: Agreement, tokens: int) -> bool:
+    agreement.wait()
+    return False
+
+
+def iterations(step: Step) -> tuple[float, float]:
     """Return the iterations without and with gradient of one rank's micro-batches, as the mean rank has them."""
     without, with_gradient = np.mean(step.drawn, axis=0) * len(step.depths)
     return float(without), float(with_gradient)

@@ -19,8 +19,8 @@ from pipeline.errors import ConfigError
 from pipeline.flops import sequence_flops
 from pipeline.loader import IGNORED, MicroBatch, read_micro_batch
 from pipeline.model import RecurrentDepthModel, stream_key
-from pipeline.recurrence import Trace
 from pipeline.samplers import expectation
+from pipeline.trace import Trace
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

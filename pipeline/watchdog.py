@@ -1,9 +1,12 @@
-"""Ends a run in which a rank hangs, and writes down who it was and where everyone stood.
+"""Ends a run in which a rank hangs, and writes down who it was and where everyone stood; tells that a run lives.
 
 A thread of every rank compares the clock with the time that the rank's present work may take. When it is over the
 ranks leave in `attempts/NNNN/hang/` one file each: what the journal says, then the stacks of all threads. A rank that
 cannot (it is stopped, or in the kernel) is described by the others of its node, which see its journal's memory. One
-rank draws the conclusion, hang.json and outcome.json, and all of them end.
+rank draws the conclusion, hang.json, outcome.json and crash.json, and all of them end.
+
+The same thread leaves signs of life: rank 0 `heartbeat.json`, and one rank of each node `nodes/HOST.json`, which tells
+where the node's ranks stood should all of them be killed.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monitoring.crashes.report import write_crash_report
 from monitoring.runlog import write_atomic
 from pipeline.attempt import write_outcome
 from pipeline.journal import Journal, Standing, process_state
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 _TICK_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 10.0
+_NODES_A_SECOND = 10.0  # that write their heartbeat: more would be felt by a shared file system
 # The limits of the ranks differ by what each of them measured; those who are late get this long, as a part of it.
 _PATIENCE = 0.25
 _MOST_PATIENCE_SECONDS = 60.0
@@ -57,6 +62,8 @@ class Watchdog:
     def __init__(self, config: ControlConfig, world: World, journal: Journal, directory: Path) -> None:
         self._config, self._world, self._journal, self._directory = config, world, journal, directory
         self._hosts: list[str] = world.allgather(socket.gethostname())
+        self._first_of_node = self._hosts.index(self._hosts[world.rank]) == world.rank
+        self._beat_seconds = max(_HEARTBEAT_SECONDS, len(set(self._hosts)) / _NODES_A_SECOND)
         self._cost = StepCost()
         self._deadline: tuple[float, float] | None = None  # when, and the limit that led to it
         self._ended = threading.Event()
@@ -68,20 +75,25 @@ class Watchdog:
         return self._cost.longest
 
     def __enter__(self) -> Watchdog:
-        if self._config.watchdog:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
-        if self._config.watchdog:
-            self._thread.join()
+        self._thread.join()
+        if self._first_of_node:
+            self._beat_node()  # where its ranks stood when this one failed, or ended
+
+    def expected(self, batches: int, n: float, k: float) -> float | None:
+        """Return what a step should take (see `StepCost.add`), in seconds; None before enough steps are known."""
+        return self._cost.seconds(batches, n, k)
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
         """End the run if the block takes longer."""
-        self._deadline = (time.monotonic() + seconds, seconds)
+        if self._config.watchdog:
+            self._deadline = (time.monotonic() + seconds, seconds)
         try:
             yield
         finally:
@@ -90,7 +102,7 @@ class Watchdog:
     @contextmanager
     def step(self, batches: int, n: float, k: float) -> Iterator[None]:
         """End the run if the block, a step (see `StepCost.add`), takes much longer than its depth costs."""
-        expected, started = self._cost.seconds(batches, n, k), time.monotonic()
+        expected, started = self.expected(batches, n, k), time.monotonic()
         if expected is None:
             limit = self._config.hang_start_minutes * 60.0
         else:
@@ -100,18 +112,24 @@ class Watchdog:
         self._cost.add(batches, n, k, time.monotonic() - started)
 
     def _watch(self) -> None:
-        ticked, beat = time.monotonic(), -math.inf
+        ticked, beat, node_beat = time.monotonic(), -math.inf, -math.inf
         watched, suspended = None, 0.0
-        while not self._ended.wait(_TICK_SECONDS):
+        while True:
+            now = time.monotonic()
+            if self._world.rank == 0 and now - beat >= _HEARTBEAT_SECONDS:
+                beat = now
+                self._beat()
+            if self._first_of_node and now - node_beat >= self._beat_seconds:
+                node_beat = now
+                self._beat_node()
+            if self._ended.wait(_TICK_SECONDS):
+                break
             now, deadline = time.monotonic(), self._deadline
             if deadline is not watched:
                 watched, suspended = deadline, 0.0
             if now - ticked > 2.0 * _TICK_SECONDS:  # this process was suspended, while the clock went on
                 suspended += now - ticked - _TICK_SECONDS
             ticked = now
-            if self._world.rank == 0 and now - beat >= _HEARTBEAT_SECONDS:
-                beat = now
-                self._beat()
             if deadline is None:
                 faulthandler.cancel_dump_traceback_later()
                 continue
@@ -126,10 +144,26 @@ class Watchdog:
     def _beat(self) -> None:
         standing = self._journal.standing()
         content = {"time": time.time(), "step": standing.step, "phase": standing.phase}
-        temporary = self._directory / ".heartbeat.json"
+        self._leave(self._directory / "heartbeat.json", content)
+
+    def _beat_node(self) -> None:
+        """Leave where the ranks of this node stand, as far as their journals can be read."""
+        standings = {self._world.rank: (self._journal.standing(), "R")}
+        standings |= {mate.rank: (mate.standing(), mate.state()) for mate in self._journal.mates.values()}
+        ranks = {
+            str(rank): {"step": standing.step, "phase": standing.phase, "state": state}
+            for rank, (standing, state) in sorted(standings.items())
+        }
+        host = self._hosts[self._world.rank]
+        with suppress(OSError):
+            (self._directory / "nodes").mkdir(exist_ok=True)
+        self._leave(self._directory / "nodes" / f"{host}.json", {"time": time.time(), "host": host, "ranks": ranks})
+
+    def _leave(self, path: Path, content: dict[str, Any]) -> None:
+        temporary = path.with_name(f".{path.name}")
         with suppress(OSError):  # a full disk is for the loop to find
             temporary.write_text(json.dumps(content), encoding="utf-8")
-            temporary.replace(self._directory / "heartbeat.json")
+            temporary.replace(path)
 
     def _end(self, limit: float) -> None:
         """Write the reports and end all ranks; does not return."""
@@ -147,6 +181,7 @@ class Watchdog:
             if reason is not None:
                 sys.stderr.write(f"rookery: {reason}\n")
                 sys.stderr.flush()
+                write_crash_report(self._directory.parent.parent, int(self._directory.name))
             for mate in self._journal.mates.values():
                 if process_state(mate.pid) == "T":  # it cannot be asked to end
                     os.kill(mate.pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import rookery.alerts
 import rookery.checkpoints
 import rookery.data
 import rookery.depth
@@ -21,6 +22,7 @@ import rookery.samples
 import rookery.sites
 import rookery.status
 import rookery.submit
+import rookery.watch
 from monitoring.runlog import write_atomic
 from pipeline import job_variables
 from pipeline.errors import ExitCode, RunError, UnhealthyNodeError
@@ -46,6 +48,8 @@ app.command()(rookery.status.status)
 app.command()(rookery.status.cancel)
 app.command()(rookery.status.doctor)
 app.add_typer(rookery.sites.app, name="sites")
+app.command()(rookery.watch.watch)
+app.command()(rookery.alerts.alerts)
 rookery.data.app.command()(rookery.samples.order)
 rookery.data.app.command()(rookery.samples.show)
 
@@ -67,9 +71,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a run, or resume it from its newest intact checkpoint; under mpiexec or srun, on all ranks."""
+    import faulthandler
+
     from data_prep.world import World
     from pipeline.control import StopSignals
 
+    faulthandler.enable()  # a rank that ends by a fault of memory leaves its stacks in the log
     signals = StopSignals()
     signals.listen()  # a job may be told to end while its ranks still import torch
     world = World.discover(_connect_without_mpi)

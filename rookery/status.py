@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from monitoring.goodput import PARTS
 from pipeline.errors import ExitCode
+from rookery.words import count, span
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -122,10 +124,13 @@ def describe(answer: dict[str, Any], now: float, width: int | None = None) -> li
     """
     lines = [f"{answer['run']}: {_head(answer)}"]
     lines += _block("progress", _progress(answer))
+    lines += _block("time", _time(answer["ledger"]))
     lines += _block("checkpoint", [_checkpoint(answer["checkpoint"])] if answer["attempts"] else [])
     ended = answer["over"] is not None  # the queue forgets its jobs minutes later
     lines += _block("jobs", _jobs([job for job in answer["jobs"] if not ended or job["state"] != "GONE"], now))
-    lines += _block("attempts", _attempts(answer["attempts"]))
+    failed = next((attempt for attempt in reversed(answer["attempts"]) if attempt["crash"] is not None), None)
+    lines += _block("attempts", _attempts(answer["attempts"], failed))
+    lines += _block("crash", _crash(failed))
     lines += _block("avoided", [f"{node}: {reason}" for node, reason in answer["quarantine"].items()])
     lines += _block("warning", answer["warnings"])
     return lines if width is None else [part for line in lines for part in _wrapped(line, width)]
@@ -159,18 +164,28 @@ def _progress(answer: dict[str, Any]) -> list[str]:
         return [f"no step yet, of {answer['steps']:,}"] if answer["steps"] else ["no step yet"]
     of = f" of {answer['steps']:,} ({answer['step'] / answer['steps']:.1%})" if answer["steps"] else ""
     parts = [f"step {answer['step']:,}{of}"]
-    parts += [f"{_count(answer['tokens'])} tokens"] if answer["tokens"] is not None else []
+    parts += [f"{count(answer['tokens'])} tokens"] if answer["tokens"] is not None else []
     parts += [f"loss {float(answer['loss']):.4f}"] if answer["loss"] is not None else []
     lines = ["  ".join(parts)]
-    parts = [f"{_count(answer['tokens_per_second'])} tok/s"] if answer["tokens_per_second"] is not None else []
-    parts += [f"goodput {answer['goodput']:.0%}"] if answer["goodput"] is not None else []
+    parts = [f"{count(answer['tokens_per_second'])} tok/s"] if answer["tokens_per_second"] is not None else []
+    share = answer["ledger"]["share"]
+    parts += [f"goodput {share:.0%}"] if share is not None else []
     left = answer["seconds_left"]
-    parts += [f"about {_span(left)} of training left"] if left and answer["state"] == "running" else []
+    parts += [f"about {span(left)} of training left"] if left and answer["state"] == "running" else []
     return [*lines, "  ".join(parts)] if parts else lines
 
 
+def _time(ledger: dict[str, float]) -> list[str]:
+    """Where the time went, what took most of it first; what took less than a half per cent is left out."""
+    if not ledger["total"]:
+        return []
+    parts = sorted(((ledger[part] / ledger["total"], words) for part, words in PARTS.items()), reverse=True)
+    shown = ", ".join(f"{share:.0%} {words}" for share, words in parts if share >= 0.005)
+    return [f"{span(ledger['total'])}: {shown}"]
+
+
 def _checkpoint(found: dict[str, Any] | None) -> str:
-    return "none yet" if found is None else f"step {found['step']:,}, {_span(found['age_seconds'])} old"
+    return "none yet" if found is None else f"step {found['step']:,}, {span(found['age_seconds'])} old"
 
 
 def _jobs(jobs: list[dict[str, Any]], now: float) -> list[str]:
@@ -178,9 +193,9 @@ def _jobs(jobs: list[dict[str, Any]], now: float) -> list[str]:
     for job in jobs[:_JOBS_SHOWN]:
         facts = [_REASONS.get(job.get("reason", ""), job.get("reason", ""))]
         if job.get("expected_start") is not None:
-            facts.append(f"expected to start in {_span(job['expected_start'] - now)}")
+            facts.append(f"expected to start in {span(job['expected_start'] - now)}")
         if job.get("time_left_seconds") is not None:
-            facts.append(f"{_span(job['time_left_seconds'])} until its time limit")
+            facts.append(f"{span(job['time_left_seconds'])} until its time limit")
         facts += [f"on {job['node_list']}"] if job.get("node_list") else []
         facts += [f"requeued {job['restarts']} times"] if job.get("restarts", 0) > 1 else []
         lines.append(f"{job['id']:<10} {job['state']:<10} {', '.join(fact for fact in facts if fact)}".rstrip())
@@ -189,16 +204,25 @@ def _jobs(jobs: list[dict[str, Any]], now: float) -> list[str]:
     return lines
 
 
-def _attempts(attempts: list[dict[str, Any]]) -> list[str]:
+def _attempts(attempts: list[dict[str, Any]], explained: dict[str, Any] | None) -> list[str]:
     hidden = len(attempts) - _ATTEMPTS_SHOWN
     lines = [f"{hidden} before these"] if hidden > 0 else []
     for attempt in attempts[-_ATTEMPTS_SHOWN:]:
         steps = "no steps" if attempt["steps"] is None else "steps {}-{}".format(*attempt["steps"])
         job = f"job {attempt['job']}" if attempt["job"] else ""
-        # The reason of a good ending repeats it.
-        why = f": {attempt['reason']}" if attempt["code"] != 0 and attempt["reason"] else ""
+        # The reason of a good ending repeats it, and that of a crash is in its own lines.
+        told = attempt["code"] == 0 or attempt is explained or not attempt["reason"]
+        why = "" if told else f": {attempt['reason']}"
         lines.append(f"{attempt['number']:<4} {steps:<16} {job:<12} {attempt['ending']}{why}")
     return lines
+
+
+def _crash(failed: dict[str, Any] | None) -> list[str]:
+    """What is known of the newest failure."""
+    if failed is None:
+        return []
+    crash = failed["crash"]
+    return [f"attempt {failed['number']}: {crash['summary']}", *([crash["path"]] if crash["path"] else [])]
 
 
 def _runs_of_sweep(folder: Path) -> list[Path]:
@@ -238,21 +262,3 @@ def _one_line(answer: dict[str, Any], width: int) -> str:
     loss = f"  loss {float(answer['loss']):.4f}" if answer["loss"] is not None else ""
     job = next((f"  job {job['id']} {job['state'].lower()}" for job in answer["jobs"]), "")
     return f"{answer['run']:<{width}}  {answer['state']:<11} {step}{of}{loss}{job}"
-
-
-def _count(number: float) -> str:
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.2f} {name}"
-    return f"{number:,.0f}"
-
-
-def _span(seconds: float) -> str:
-    minutes = max(0, round(seconds / 60))
-    if minutes == 0:
-        return f"{max(0.0, seconds):.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return (
-        f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes // 1440} d {minutes // 60 % 24} h"
-    )

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monitoring.crashes.report import write_crash_report
 from monitoring.runlog import Record, attempts
 from pipeline import job_variables
 from pipeline.errors import ExitCode
@@ -174,7 +175,9 @@ class _Supervisor:
             self._note_end(launched, None, self._verdict(launched, None), time=self._end_of(launched))
         suspects = chain.suspects(self._records())
         lost = self._lookout.lost(suspects) - self._avoided().keys()
-        self._quarantine({node: reason for node, reason in suspects.items() if node in lost})
+        if lost:
+            self._quarantine({node: reason for node, reason in suspects.items() if node in lost})
+            self._report_crash(self._newest_attempt())
 
     def _end_of(self, launched: Record) -> float:
         """Return when a launch ended whose job died: what came after, such as days in the queue, is not its time."""
@@ -264,8 +267,9 @@ class _Supervisor:
                 return None  # there may be seconds left, and the next link finds out about the nodes
             allocation = self._allocation()
             lost = self._lookout.lost({*chosen, *allocation})
-            if verdict.code is None:
+            if verdict.code is None and lost.intersection(chosen):
                 self._quarantine({node: f"lost during job {self._job}" for node in chosen if node in lost})
+                self._report_crash(self._newest_attempt())
             left = chain.usable(allocation, self._avoided(), lost)
             gone = lost.intersection(chosen)
             if not chain.relaunch(verdict, gone, len(left), self._request, self._seconds_left()):
@@ -355,17 +359,27 @@ class _Supervisor:
     def _note_end(self, launched: Record, status: int | None, verdict: Verdict, **more: Any) -> None:
         code = "a crash" if verdict.code is None else f"code {verdict.code}"
         say(f"launch {launched['launch']} of job {launched['job']} ended with {code}: {verdict.reason}")
+        attempt = traces.attempt_of(self._run_dir, launched) if "attempts" in launched else None
         self._note(
             "ended",
             job=launched["job"],
             launch=launched["launch"],
             status=status,
             code=verdict.code,
-            attempt=traces.attempt_of(self._run_dir, launched) if "attempts" in launched else None,
+            attempt=attempt,
             reason=verdict.reason,
             nodes_blamed=verdict.hosts,
             **more,
         )
+        self._report_crash(attempt)
+
+    def _newest_attempt(self) -> int | None:
+        return max(attempts(self._run_dir), default=None)
+
+    def _report_crash(self, attempt: int | None) -> None:
+        """Put together what is known of an attempt that has ended, unless it ended well; again when more is known."""
+        if attempt is not None and (path := write_crash_report(self._run_dir, attempt)) is not None:
+            say(f"what is known of it: {path}")
 
     # After the ranks
 

@@ -6,18 +6,25 @@ Imports no torch: a login node answers in less than half a second.
 from __future__ import annotations
 
 import json
+import operator
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from monitoring.goodput import useful_seconds
+from monitoring.crashes.report import FILE as CRASH
+from monitoring.crashes.report import crash_report, read_crash_report
+from monitoring.goodput import SILENT_SECONDS, Ledger, LedgerReader
+from monitoring.reading.run_config import beyond_plan, planned_steps, read_config, require_run
+from monitoring.reading.runview import ENDINGS
+from monitoring.reading.runview import number as number_of
+from monitoring.reading.step_records import Ends, read_ends
 from monitoring.runlog import Record, attempts, read_events, read_outcome
-from monitoring.runview import ENDINGS
+from monitoring.standing import begun
 from pipeline.checkpoints.manifest import MANIFEST, list_checkpoints
 from slurm import joblog, queue
 from slurm.quarantine import quarantined
@@ -26,17 +33,10 @@ from slurm.request import JobRequest, RequestError
 _WORDS = {0: "finished", 10: "stopped", 11: "diverged", 12: "refused"}
 _AT_WORK = {"RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SUSPENDED"}
 
-SILENT_SECONDS = 60.0
-"""Age of its last sign of life at which an attempt is taken for dead, where no queue knows better."""
-
 _PATIENCE = 5.0
-_TAIL_BYTES = 65536
+_LEDGER_BYTES = 512 << 20  # read in some seconds, and enough for half a million steps
 _DEFAULT_QUARANTINE_HOURS = 72.0
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class StatusError(ValueError):
-    """There is no run where one was looked for."""
 
 
 def status(
@@ -53,22 +53,24 @@ def status(
     Returns:
         `run`, `site`, `state` (one word); `chain` (kind, links, used); `jobs` in the order in which they run;
         `attempts`; `step`, `steps`, `tokens`, `loss`, `tokens_per_second`, `seconds_left` of training at the recent
-        pace; `goodput`: seconds of the steps that the run stands on / seconds of all launches; `checkpoint`,
-        `quarantine`, `over` (code and reason, None while the chain lives), `cancelled`, `warnings`.
+        pace; `ledger`: seconds of its time by what they went into, `total` and `share`, the goodput
+        (`monitoring.goodput`); `checkpoint`, `quarantine`, `over` (code and reason, None while the chain lives),
+        `cancelled`, `warnings`. Attempts that failed have a `crash`: class, kind, summary, rank, host, path of the
+        report.
 
     Raises:
-        StatusError: there is no run in that directory.
+        RunLogError: there is no run in that directory.
     """
     now = time.time() if now is None else now
-    if not is_run(run_dir):
-        raise StatusError(f"{run_dir}: is no run directory; name one that `rookery submit` or `rookery train` wrote")
+    require_run(run_dir)
     records = joblog.read(run_dir)
     chain = joblog.current_chain(records)
     warnings: list[str] = []
     request = _request(run_dir, warnings)
     jobs = _jobs(run_dir, chain, patience if queue_answers else None, warnings)
     events = read_events(run_dir)
-    lives = _attempts(run_dir, records, events, jobs, now)
+    ends = {number: read_ends(run_dir / "metrics" / f"{number:04d}.jsonl") for number in attempts(run_dir)}
+    lives = _attempts(run_dir, ends, records, events, jobs, now)
     hours = _DEFAULT_QUARANTINE_HOURS if request is None else request.quarantine_hours
     over = next(({"code": each.get("code"), "reason": each.get("reason")} for each in chain if _is(each, "over")), None)
     # What a link says in passing, of the current chain: files that were not staged, an evaluation that was not sent.
@@ -80,14 +82,16 @@ def status(
         for each in chain
         if _is(each, "evaluation") and each.get("problem")
     ]
+    progress, ledger = _progress(run_dir, ends, events, lives, warnings), _ledger(run_dir, lives, now, warnings)
+    warnings += [f"metrics/{attempt:04d}.jsonl: {end.problem}" for attempt, end in ends.items() if end.problem]
     answer = {
         "site": next((each.get("site") for each in reversed(chain) if _is(each, "submitted")), None),
         "nodes": None if request is None else request.nodes,
         "chain": _chain(chain),
         "jobs": jobs,
         "attempts": lives,
-        **_progress(run_dir, events, lives),
-        "goodput": _goodput(run_dir, records, lives, now),
+        **progress,
+        "ledger": ledger.to_dict(),
         "checkpoint": _checkpoint(run_dir, now),
         "quarantine": quarantined(run_dir, hours, now),
         "over": over,
@@ -99,7 +103,9 @@ def status(
 
 def is_run(path: Path) -> bool:
     """Whether a directory is that of a run, started or only submitted."""
-    return (path / "run.yaml").is_file() or (path / "attempts").is_dir()
+    with suppress(OSError):
+        return (path / "run.yaml").is_file() or (path / "attempts").is_dir()
+    return False
 
 
 def find_runs(below: Path) -> list[Path]:
@@ -207,10 +213,29 @@ def _job(id_: str, job: queue.QueuedJob | None, *, asked: bool) -> dict[str, Any
     }
 
 
+def _ledger(run_dir: Path, lives: Sequence[dict[str, Any]], now: float, warnings: list[str]) -> Ledger:
+    """Return where the time went, and say what is odd about the log that it was read from; nothing of a huge one."""
+    reader = LedgerReader(run_dir)
+    found = reader.read(now, running=_runs(lives), budget=_LEDGER_BYTES)
+    warnings += reader.warnings()
+    if reader.behind:
+        warnings.append(
+            f"a log of over {_LEDGER_BYTES >> 20} MB: no goodput, and warnings of its first part only;"
+            f" `rookery report {run_dir}` reads all of it"
+        )
+        return Ledger()
+    return found
+
+
 def _attempts(
-    run_dir: Path, records: Sequence[Record], events: Sequence[Record], jobs: Sequence[dict[str, Any]], now: float
+    run_dir: Path,
+    ends: Mapping[int, Ends],
+    records: Sequence[Record],
+    events: Sequence[Record],
+    jobs: Sequence[dict[str, Any]],
+    now: float,
 ) -> list[dict[str, Any]]:
-    numbers = attempts(run_dir)
+    numbers = list(ends)
     launches = {each.get("attempts", -1) + 1: each for each in records if _is(each, "launched")}
     starts = {each.get("attempt"): each.get("time") for each in reversed(events) if each["kind"] == "start"}
     running = {job["id"] for job in jobs if job["state"] in ("RUNNING", "UNKNOWN")}
@@ -219,7 +244,7 @@ def _attempts(
     for number in numbers:
         launch = launches.get(number, {})
         outcome = read_outcome(run_dir, number)
-        first, last = _ends(run_dir / "metrics" / f"{number:04d}.jsonl")
+        first, last = ends[number].first, next(reversed(ends[number].newest), None)
         sign = _last_sign(run_dir, number, last)
         # Without a queue that knows better the heartbeat is believed.
         fresh = sign is not None and now - sign < SILENT_SECONDS and launch.get("job") not in gone
@@ -238,86 +263,73 @@ def _attempts(
                 "log": launch.get("log"),
                 "start": launch.get("time") or starts.get(number),
                 "end": None if alive else (outcome or {}).get("time") or sign,
+                "crash": None if alive else _crash(run_dir, number, code, newest=number == numbers[-1]),
             }
         )
     return lives
 
 
 def _last_sign(run_dir: Path, number: int, last: Record | None) -> float | None:
-    """Return when an attempt was last heard of: its heartbeat or its newest step."""
+    """Return when an attempt was last heard of: its heartbeat or its newest step, before both when it began."""
     times = [] if last is None else [last.get("time")]
     with suppress(OSError, ValueError, AttributeError):
         times.append(json.loads((run_dir / "attempts" / f"{number:04d}" / "heartbeat.json").read_bytes()).get("time"))
-    return max((time_ for time_ in times if isinstance(time_, int | float)), default=None)
+    return max((time_ for time_ in times if isinstance(time_, int | float)), default=begun(run_dir, number))
 
 
-def _ends(path: Path) -> tuple[Record | None, Record | None]:
-    """Return the first and the last step record of an attempt; of a long file only its two ends are read."""
-    with suppress(OSError), path.open("rb") as file:
-        first = next(_steps([file.readline()]), None)
-        return first, next(_steps(reversed(_tail(path))), None)
-    return None, None
-
-
-def _tail(path: Path) -> list[bytes]:
-    """Return the complete lines among the last of a file."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    return lines[1 if size > _TAIL_BYTES else 0 : -1]
-
-
-def _steps(lines: Any) -> Iterator[Record]:
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
-
-
-def _progress(run_dir: Path, events: Sequence[Record], lives: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _progress(
+    run_dir: Path,
+    ends: Mapping[int, Ends],
+    events: Sequence[Record],
+    lives: Sequence[dict[str, Any]],
+    warnings: list[str],
+) -> dict[str, Any]:
     """Where the run stands: the newest record, unless a later attempt has gone back behind it."""
-    total = (_read_yaml(run_dir / "run.yaml").get("train") or {}).get("steps")
+    config, problem = read_config(run_dir)
+    warnings += [] if problem is None else [problem]
+    total = planned_steps(config)
     answer = dict.fromkeys(("step", "tokens", "loss", "tokens_per_second", "seconds_left"))
     answer["steps"] = total
     last = next((life["number"] for life in reversed(lives) if life["steps"] is not None), None)
     if last is None:
         return answer
-    recent = list(_steps(_tail(run_dir / "metrics" / f"{last:04d}.jsonl")))
+    recent = ends[last].newest
     newest = recent[-1]
-    answer |= {key: newest.get(key) for key in ("step", "tokens", "loss")}
-    seconds = [each["seconds"] for each in recent if isinstance(each.get("seconds"), int | float)]
+    answer |= {"step": newest["step"], "tokens": newest.get("tokens"), "loss": _loss(newest)}
+    warnings += beyond_plan(newest["step"], total)
+    recent = [each for each in recent if number_of(each, "seconds") is not None]
+    seconds = [max(0.0, float(each["seconds"])) for each in recent]
     # Steps differ in depth, and so in time, by a factor of ten: one of them says little.
     if seconds and sum(seconds) > 0.0:
-        trained = [each["seconds"] * each["tokens_per_second"] for each in recent if each.get("tokens_per_second")]
-        answer["tokens_per_second"] = sum(trained) / sum(seconds)
-        if isinstance(total, int):
-            answer["seconds_left"] = (total - newest["step"]) * sum(seconds) / len(seconds)
+        rates = [number_of(each, "tokens_per_second") or 0.0 for each in recent]
+        answer["tokens_per_second"] = sum(map(operator.mul, seconds, rates)) / sum(seconds)
+        if total is not None:
+            answer["seconds_left"] = max(0, total - newest["step"]) * sum(seconds) / len(seconds)
     began = [each for each in events if each["kind"] == "start" and each.get("attempt", 0) > last]
     if began and began[-1].get("step", newest["step"]) < newest["step"]:
         answer |= {"step": began[-1]["step"], "tokens": None, "loss": None}
     return answer
 
 
-def _goodput(run_dir: Path, records: Sequence[Record], lives: Sequence[dict[str, Any]], now: float) -> float | None:
-    """Return the part of the seconds of all launches that went into steps which the run still stands on."""
-    ended = {(each.get("job"), each.get("launch")): each["time"] for each in records if _is(each, "ended")}
-    by_attempt = {life["number"]: life for life in lives}
-    spent, counted = 0.0, set()
-    for each in records:
-        if not _is(each, "launched"):
-            continue
-        life = by_attempt.get(each.get("attempts", -1) + 1, {})
-        counted.add(life.get("number"))
-        end = ended.get((each.get("job"), each.get("launch")))
-        if end is None:  # it runs, or died with its node
-            end = life.get("end") or (now if life.get("ending") == "running" else each["time"])
-        spent += max(0.0, end - each["time"])
-    for life in lives:  # started by hand
-        if life["number"] not in counted and life["start"] is not None:
-            spent += max(0.0, (life["end"] or now) - life["start"])
-    return min(1.0, useful_seconds(run_dir) / spent) if spent > 0.0 else None
+def _loss(record: Record) -> float | str | None:
+    """Return the loss of a step; as the run log spells it where it is not finite."""
+    loss = record.get("loss")
+    return loss if loss in ("nan", "inf", "-inf") else number_of(record, "loss")
+
+
+def _runs(lives: Sequence[dict[str, Any]]) -> bool:
+    return bool(lives) and lives[-1]["ending"] == "running"
+
+
+def _crash(run_dir: Path, attempt: int, code: Any, *, newest: bool) -> dict[str, Any] | None:
+    """Return the gist of the report of a failed attempt; before the next start it may be that nobody has written it."""
+    if code in (0, 10):
+        return None
+    report = read_crash_report(run_dir, attempt)
+    path = None if report is None else str(run_dir / "attempts" / f"{attempt:04d}" / CRASH)
+    report = crash_report(run_dir, attempt) if report is None and newest else report
+    keys = ("class", "kind", "summary", "rank", "host")
+    return None if report is None else {**{key: report.get(key) for key in keys}, "path": path}
 
 
 def _checkpoint(run_dir: Path, now: float) -> dict[str, Any] | None:

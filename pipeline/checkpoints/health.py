@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 HEALTHY, SUSPECT, UNKNOWN = "healthy", "suspect", "unknown"
-# Iterations over which the contraction is measured; before them the state is still on its way from the noise.
-_FIRST, _LAST = 4, 12
+# Changes smaller than that are as much rounding as anything.
+_LEAST_RESIDUAL = 0.01
 _SERIES = ("state_rms", "relative_residual")
 
 
@@ -25,17 +25,20 @@ class Health:
         if _SERIES[0] in record:
             self._probe = record
 
-    def vector(self) -> dict[str, Any]:
+    def vector(self, suspects: Sequence[str] = ()) -> dict[str, Any]:
         """Return verdict and measurements.
 
         Suspect: loss or gradient norm is not finite, the state is not, or successive changes of the state grow along
-        the loop (contraction above 1), which precedes a collapse. Unknown: the state was not looked at in enough
-        iterations to tell.
+        the loop (contraction above 1, by more than rounding), which precedes a collapse; or a detector of the monitor
+        is on its guard. Unknown: the state was not looked at in enough iterations to tell.
+
+        Args:
+            suspects: names of these detectors.
         """
         if not self._step:
             return {}
         residual, rms = (list(self._probe.get(name, [])) for name in reversed(_SERIES))
-        rate = contraction(residual, rms)
+        rate = self._probe.get("contraction")
         measured = {
             "loss": self._step["loss"],
             "grad_norm": self._step["grad_norm"],
@@ -51,23 +54,9 @@ class Health:
                 name: value if value is None or math.isfinite(value) else None for name, value in measured.items()
             }
             return {"verdict": SUSPECT, **measured}
+        if suspects:
+            return {"verdict": SUSPECT, **measured, "suspects": list(suspects)}
         if rate is None:
             return {"verdict": UNKNOWN, **measured}
-        return {"verdict": HEALTHY if rate <= 1.0 else SUSPECT, **measured}
-
-
-def contraction(relative_residual: Sequence[float], state_rms: Sequence[float]) -> float | None:
-    """Return the geometric mean of |s_(i+1) - s_i| / |s_i - s_(i-1)| over iterations 4 to 12; None for fewer than 3.
-
-    Args:
-        relative_residual: |s_i - s_(i-1)| / |s_i| of every iteration.
-        state_rms: root mean square of s_i of every iteration.
-    """
-    changes = [a * b for a, b in zip(relative_residual, state_rms, strict=True)][_FIRST - 1 : _LAST]
-    if len(changes) < 3:
-        return None
-    if not all(math.isfinite(change) for change in changes):
-        return math.inf
-    if changes[0] <= 0.0 or changes[-1] <= 0.0:  # at a fixed point
-        return 0.0
-    return math.exp(math.log(changes[-1] / changes[0]) / (len(changes) - 1))
+        grows = rate > 1.0 and residual[-1] > _LEAST_RESIDUAL
+        return {"verdict": SUSPECT if grows else HEALTHY, **measured}

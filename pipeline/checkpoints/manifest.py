@@ -42,15 +42,17 @@ class Progress:
 
     Attributes:
         step: completed optimizer steps.
-        samples: samples consumed.
+        samples: samples consumed, those that a rollback left out included.
         tokens: tokens trained on.
-        sample_hash: rolling hash of the ids of all samples consumed (pipeline/sample_hash.py).
+        sample_hash: rolling hash of the ids of all samples trained on (pipeline/sample_hash.py).
+        branch: number of rollbacks so far (pipeline/rollback.py).
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     sample_hash: str = ""
+    branch: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class CheckpointManifest:
         time: unix seconds.
         loss_scale: state of the loss scaling; empty unless train.precision=fp16.
         health: verdict ("healthy", "suspect" or "unknown") and the measurements that it rests on; empty if unknown.
+        monitor: state of the detectors; empty without any.
+        adjustments: of the learning rate by rollbacks, as `pipeline.rollback.Adjustment` has them.
         validation: step and loss (depth -> nats a token) of the newest validation; empty without one.
         proof: losses of the probe batch (depth -> nats a token) and their precision; empty without one.
         world_size: number of ranks that wrote it.
@@ -86,6 +90,8 @@ class CheckpointManifest:
     time: float = 0.0
     loss_scale: dict[str, float] = field(default_factory=dict)
     health: dict[str, Any] = field(default_factory=dict)
+    monitor: dict[str, Any] = field(default_factory=dict)
+    adjustments: list[dict[str, Any]] = field(default_factory=list)
     validation: dict[str, Any] = field(default_factory=dict)
     proof: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,7 @@ from pipeline.checkpoints.node_tiers import Candidate, check, promote, survey
 from pipeline.checkpoints.reader import CheckpointReader, check_files
 from pipeline.engine import allocate_optimizer_state, local_fragments, restore_loss_scale
 from pipeline.errors import CheckpointError
+from pipeline.rollback import Rollback, left_behind
 
 if TYPE_CHECKING:
     from pipeline.checkpoints.saver import CheckpointConfig
@@ -87,12 +89,16 @@ class History:
         starts: (attempt, step from which it went on), in order.
         saved: names of the checkpoints that it has completed on the shared file system.
         save_seconds: how long the last of them took, 0.0 if there is none.
+        rollbacks: in order.
+        shortened: what the interval between checkpoints was last divided by, and up to which step.
     """
 
     attempts: int = 0
     starts: list[tuple[int, int]] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     save_seconds: float = 0.0
+    rollbacks: list[Rollback] = field(default_factory=list)
+    shortened: tuple[int, int] = (1, 0)
 
     @classmethod
     def read(cls, run_dir: Path) -> History:
@@ -101,17 +107,31 @@ class History:
             return cls()
         events = read_events(run_dir)
         saved = [event for event in events if event["kind"] == "checkpoint" and event.get("tier") == "shared"]
+        shorter = [event for event in events if event["kind"] == "interval"]
         return cls(
             attempts=max(attempts(run_dir), default=0),
             starts=[(event["attempt"], event["step"]) for event in events if event["kind"] == "start"],
             saved=[event["path"] for event in saved],
             save_seconds=saved[-1]["seconds"] if saved else 0.0,
+            rollbacks=[Rollback.from_event(event) for event in events if event["kind"] == "rollback"],
+            shortened=(shorter[-1]["factor"], shorter[-1]["until"]) if shorter else (1, 0),
         )
 
-    def left_behind(self, candidate: Candidate) -> tuple[int, int] | None:
-        """Return the launch (attempt, step) that has gone on from before a checkpoint that nodes still hold."""
-        later = (start for start in self.starts if start[0] > candidate.attempt and start[1] < candidate.step)
-        return next(later, None)
+    def left_behind(self, manifest: CheckpointManifest, *, on_nodes: bool) -> str | None:
+        """Return why the run does not go on from a checkpoint that it has gone back behind, None if it has not.
+
+        Args:
+            manifest: of the checkpoint.
+            on_nodes: whether it is one that nodes still hold.
+        """
+        progress = manifest.progress
+        rollback = left_behind(self.rollbacks, progress.branch, progress.step)
+        if rollback is not None:
+            return f"the run was rolled back from step {rollback.from_step} to {rollback.to_step} since"
+        later = (each for each in self.starts if each[0] > manifest.attempt and each[1] < progress.step)
+        if on_nodes and (start := next(later, None)) is not None:
+            return f"the run has gone on from step {start[1]} since (attempt {start[0]})"
+        return None
 
 
 class _Listed(NamedTuple):
@@ -120,7 +140,14 @@ class _Listed(NamedTuple):
     manifest: bytes
 
 
-def find_checkpoint(config: CheckpointConfig, world: World, run_dir: Path, run_id: str, history: History) -> Found:
+def find_checkpoint(
+    config: CheckpointConfig,
+    world: World,
+    run_dir: Path,
+    run_id: str,
+    history: History,
+    objection: Callable[[CheckpointManifest], str | None] = lambda manifest: None,
+) -> Found:
     """Find the newest intact checkpoint of a run; a collective with one result.
 
     The ranks share out the files that are to be read: at an unchanged world size each reads the file that it wrote and
@@ -132,6 +159,7 @@ def find_checkpoint(config: CheckpointConfig, world: World, run_dir: Path, run_i
         run_dir: the run.
         run_id: its identity, empty if it has none yet.
         history: what it did before.
+        objection: why one is not wanted, given its manifest; the same on all ranks.
 
     Raises:
         CheckpointError: its checkpoints cannot be looked at; on every rank.
@@ -147,16 +175,21 @@ def find_checkpoint(config: CheckpointConfig, world: World, run_dir: Path, run_i
         held = survey(world, config.node_tiers, run_id, other_owners=config.other_owners)
         problems |= held.problems
         for candidate in held.candidates:
-            later = history.left_behind(candidate)
-            if later is None:
+            manifest = candidate.manifest()
+            problem = history.left_behind(manifest, on_nodes=True) or objection(manifest)
+            if problem is None:
                 candidates.append(candidate)
             else:
-                problems[candidate.name] = f"the run has gone on from step {later[1]} since (attempt {later[0]})"
+                problems[candidate.name] = problem
     by_step: list[Candidate | _Listed] = [*listed, *candidates]  # of the same step, what need not be copied
     for each in sorted(by_step, key=lambda each: each.step, reverse=True):
         if isinstance(each, _Listed):
             manifest = decode_manifest(each.manifest, each.path / MANIFEST)
-            problem = _check_together(world, each.path, manifest, other_owners=config.other_owners)
+            problem = (
+                history.left_behind(manifest, on_nodes=False)
+                or objection(manifest)
+                or _check_together(world, each.path, manifest, other_owners=config.other_owners)
+            )
             if problem is None:
                 return Found(manifest=manifest, directory=each.path, problems=problems)
             problems[each.path.name] = problem

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.world import World
-from pipeline.checkpoints.commit import Part, remove_directory, remove_leftovers, shard_name, write_part
+from pipeline.checkpoints.commit import Part, remove_directory, remove_leftovers, set_aside, shard_name, write_part
 from pipeline.checkpoints.manifest import CheckpointManifest, checkpoint_name, checkpoints_in
 from pipeline.checkpoints.node_directory import (
     NodeTier,
@@ -136,6 +136,7 @@ class Saver:
         self._snapshot: Snapshot | None = None
         self._blocked = 0.0
         self._failure: str | None = None
+        self._factor, self._short_until = 1, 0
         self.seconds = 0.0
         self._shared = Tier(
             name=SHARED,
@@ -190,7 +191,8 @@ class Saver:
 
     def due(self, step: int) -> list[Tier]:
         """Return the tiers into which the state after `step` goes, the fastest first."""
-        return [tier for tier in self._tiers if step % tier.every == 0]
+        factor = self._factor if step <= self._short_until else 1
+        return [tier for tier in self._tiers if step % max(1, tier.every // factor) == 0]
 
     def wanted(self, step: int) -> bool:
         """Say whether there is anything to do after `step`: to go on with, to do again, or due."""
@@ -237,6 +239,25 @@ class Saver:
         discard_newer(self._world, self._config.node_tiers, self._run_id, step)
         if promoted and self._shared.commits:  # crashes between saves would fill the disk with such
             self._tidy(self._shared, step)
+
+    def go_back_to(self, step: int, *, promoted: bool) -> None:
+        """Put away what all tiers hold from beyond a step that the run was rolled back to; nothing may be on its way.
+
+        Args:
+            step: that step.
+            promoted: as for `go_on_from`.
+        """
+        self._due, self._failing = [], None
+        with self._world.guard("checkpoints from before the rollback"):
+            if self._shared.commits:
+                for path in checkpoints_in(self._shared.directory):
+                    if int(path.name.removeprefix("step-")) > step:
+                        set_aside(path)
+        self.go_on_from(step, promoted=promoted)
+
+    def shorten(self, factor: int, until: int) -> None:
+        """Save `factor` times as often up to the step `until`."""
+        self._factor, self._short_until = factor, until
 
     def discard_node_tiers(self) -> None:
         """Give the nodes' memory and disks back; nothing may be on its way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -31,11 +32,13 @@ class Browser:
 
     Attributes:
         requests: URLs that were asked for since the newest `open`, answered or not.
+        answers: HTTP status of what was answered since then, by URL.
         complaints: errors, uncaught exceptions and refusals that the browser logged since then.
     """
 
     def __init__(self, program: str, profile: Path) -> None:
         self.requests: list[str] = []
+        self.answers: dict[str, int] = {}
         self.complaints: list[str] = []
         commands_in, commands = os.pipe()
         answers, answers_out = os.pipe()
@@ -104,15 +107,26 @@ class Browser:
     def open(self, url: str) -> None:
         """Load a page and wait for its load event."""
         self.requests.clear()
+        self.answers.clear()
         self.complaints.clear()
         self.call("Page.navigate", url=url)
         self.wait_for(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
-    def pretend(self, scheme: str = "light", width: int = 1280) -> None:
+    def pretend(self, scheme: str = "light", width: int = 1280, height: int = 2400) -> None:
         """Show pages to somebody who prefers "light" or "dark", on a screen of that many CSS pixels."""
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         mobile = width < 500
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=2400, deviceScaleFactor=1, mobile=mobile)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the mouse at one place and let it go at another, CSS pixels from the top left of the window."""
+        places = {"mouseMoved": start, "mousePressed": start}, {"mouseMoved": end, "mouseReleased": end}
+        for kind, (x, y) in (pair for place in places for pair in place.items()):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def picture(self) -> bytes:
+        """Return what is on the screen as PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def point_at(self, x: float, y: float) -> None:
         """Move the mouse there, CSS pixels from the top left of the window."""
@@ -133,6 +147,8 @@ class Browser:
         params = event.get("params", {})
         if event.get("method") == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+        elif event.get("method") == "Network.responseReceived":
+            self.answers[params["response"]["url"]] = params["response"]["status"]
         elif event.get("method") == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.complaints.append(params["entry"]["text"])
         elif event.get("method") == "Runtime.exceptionThrown":

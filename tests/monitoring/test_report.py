@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from monitoring.figures import panels
+from monitoring.reading.run_reader import read_runs
 from monitoring.report import write_report
 from monitoring.runlog import RunLog, RunLogError
-from monitoring.runview import read_runs
-from tests.monitoring.sample_run import TOKENS_PER_STEP, build_run, evaluation, step_record
+from tests.monitoring.sample_run import TOKENS_PER_STEP, build_long_run, build_run, evaluation, step_record
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 
@@ -35,6 +38,14 @@ def _figures(page: str) -> dict[str, Any]:
 
 def _traces(page: str, panel: str, name: str) -> list[dict[str, Any]]:
     return [trace for trace in _figures(page)[panel]["traces"] if trace["name"].startswith(name)]
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in _strings(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
 
 
 class _Elements(HTMLParser):
@@ -67,7 +78,7 @@ def test_the_tables_tell_how_the_run_went(tmp_path: Path) -> None:
         "killed",
         "51 to 100",
         "finished: reached step 100",
-        "10 step records superseded by a later attempt, 10 of them replayed: bitwise equal losses.",
+        "10 step records superseded by a later attempt or a rollback, 10 of them replayed: bitwise equal losses.",
         "step 50, changed {'train.steps': [60, 100]}",
         "seed: 0",
     ):
@@ -131,7 +142,7 @@ def test_runs_overlay_and_are_told_apart_by_name(tmp_path: Path) -> None:
     page = _write(runs, tmp_path / "report.html")
     for panel, figure in _figures(page).items():
         assert {trace["meta"] for trace in figure["traces"]} == {"a/smoke", "b/smoke"}, panel
-        assert {trace["legendgroup"] for trace in figure["traces"]} == {"run-0", "run-1"}, panel
+        assert {trace["run"] for trace in figure["traces"]} == {"run-0", "run-1"}, panel
     assert "2 runs" in _Elements(page).text
 
 
@@ -215,26 +226,40 @@ def test_text_of_a_run_stays_text(tmp_path: Path) -> None:
     plain = _Elements(_write([build_run(tmp_path / "run")], tmp_path / "report.html")).tags
     run_dir = build_run(tmp_path / HOSTILE.replace("/", ""))
     log = RunLog.open(run_dir)
+    fields = ("optimizer_rms", "nodes", "phases", "gradient_share", "validation", HOSTILE)
+    named = {field: {HOSTILE: 1.5} for field in fields} | {"nodes": {HOSTILE: 1.5, "other": 1.0}}
+    log.step(step_record(101) | named)
     log.event(HOSTILE, details=HOSTILE, nested={HOSTILE: [HOSTILE]})
+    finding = dict.fromkeys(("detector", "rule", "action", "since", "evidence", "reason"), HOSTILE)
+    log.event("finding", step=101, acted=True, **finding)
+    log.event("rollback", from_step=101, **dict.fromkeys(("to_step", "branch", "detector", "reason"), HOSTILE))
+    log.event("checkpoint", step=100, tier=HOSTILE, seconds=1.0)
+    crash: dict[str, Any] = dict.fromkeys(("class", "kind", "summary", "host", "log", "last_steps"), HOSTILE)
+    crash |= {"attempt": 1, "lines": [HOSTILE], "stacks": [{"rank": 0, "source": HOSTILE, "text": HOSTILE}]}
+    (run_dir / "attempts" / "0001" / "crash.json").write_text(json.dumps(crash))
     log.outcome(1, HOSTILE)
     (run_dir / "run.yaml").write_text(HOSTILE)
     (run_dir / "eval" / f"step-{HOSTILE.replace('/', '')}.json").write_text("{")
     page = _write([run_dir], tmp_path / "report.html")
     elements = _Elements(page)
-    assert set(elements.tags) - set(plain) == {"ul", "li"}  # the warning about the unreadable evaluation
+    # An unreadable evaluation, links to evidence, a caption.
+    assert set(elements.tags) - set(plain) == {"ul", "li", "a", "sup"}
     assert elements.tags.count("script") == plain.count("script")
     assert not [name for name, _ in elements.attributes if name.startswith("on")]
     assert HOSTILE in elements.text
     assert "&lt;img" in _traces(page, "loss", "step")[0]["meta"]
+    assert not [text for text in _strings(_figures(page)) if "<img" in text or "<script" in text]
+    assert _figures(page)["nodes"]["traces"][0]["y"][0].startswith("&lt;/script&gt;&lt;script&gt;alert(1)")
 
 
 def test_the_file_refers_to_nothing_outside_and_forbids_it(tmp_path: Path) -> None:
-    page = _write([build_run(tmp_path / "run")], tmp_path / "report.html")
+    page = _write([build_long_run(tmp_path / "run", steps=2000)], tmp_path / "report.html")
     elements = _Elements(page)
     assert "http:" not in page.lower()
     assert "https:" not in page.lower()
     assert "@import" not in page
-    assert [value for name, value in elements.attributes if name in {"src", "href", "action"}] == ["data:,"]
+    places = [value or "" for name, value in elements.attributes if name in {"src", "href", "action"}]
+    assert [place for place in places if not place.startswith("#")] == ["data:,"]
     (policy,) = [value for _, value in elements.attributes if value and value.startswith("default-src")]
     assert policy.startswith("default-src 'none';")
     scripts = policy.split("script-src ")[1].split()
@@ -293,3 +318,74 @@ def test_a_step_of_many_depths_counts_each_of_them(tmp_path: Path) -> None:
     figures = _figures(_write([tmp_path / "run"], tmp_path / "report.html"))
     (bars,) = figures["depth-histogram"]["traces"]
     assert dict(zip(bars["x"], [about[0] for about in bars["customdata"]], strict=True)) == {3: 2, 9: 7}
+
+
+def test_a_run_with_everything_fills_every_panel_and_groups_them(tmp_path: Path) -> None:
+    (view,) = read_runs([build_long_run(tmp_path / "run", steps=2000)])
+    drawn = panels([view])
+    assert [panel.key for panel in drawn if not panel.traces] == []
+    assert [group for group, _ in groupby(panel.group for panel in drawn)] == [
+        "Loss",
+        "Optimization",
+        "Recurrence",
+        "Time and machine",
+    ]
+    (tmp_path / "new" / "attempts").mkdir(parents=True)
+    (empty,) = read_runs([tmp_path / "new"])
+    assert [(panel.key, panel.traces) for panel in panels([empty])] == [(panel.key, []) for panel in drawn]
+
+
+def test_skips_and_abandoned_steps_are_marked(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    log = RunLog.open(run_dir)
+    for step in (*range(1, 31), *range(21, 41)):
+        branch = int(log.waiting > 0 or (run_dir / "back").exists())
+        log.step(step_record(step) | {"branch": branch} | ({"skipped": True} if step == 33 else {}))
+        if step == 30:
+            (run_dir / "back").touch()
+    figures = _figures(_write([run_dir], tmp_path / "report.html"))
+    (crosses,) = [trace for trace in figures["grad-norm"]["traces"] if trace["name"] == "skipped"]
+    (grey,) = [trace for trace in figures["grad-norm"]["traces"] if trace["name"] == "abandoned"]
+    assert (crosses["x"], grey["x"]) == ([33], list(range(21, 31)))
+
+
+def test_heat_maps_show_every_iteration_and_the_highest_of_neighbouring_steps(tmp_path: Path) -> None:
+    log = RunLog.open(tmp_path / "run")
+    for step in range(1, 601):
+        log.step({"step": step, "state_rms": [1.0, 1e4 if step == 301 else 1.0, float("inf")][: 2 + step % 2]})
+    (heat,) = _figures(_write([tmp_path / "run"], tmp_path / "report.html"))["state-heat"]["traces"]
+    assert heat["y"] == [1, 2, 3]
+    assert len(heat["x"]) <= 240
+    assert max(heat["z"][1]) == pytest.approx(4.0, abs=0.01)
+    assert heat["z"][1].count(max(heat["z"][1])) == 1
+    assert set(heat["z"][2]) == {None}
+
+
+def test_an_incident_links_to_its_evidence(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run")
+    log = RunLog.open(run_dir)
+    evidence = {"token_correlation": [0.2, 0.97]}
+    log.event("finding", step=90, detector="collapse", action="rollback", acted=False, rule="correlation > 0.95",
+              value=0.97, threshold=0.95, since=80, evidence=evidence)  # fmt: skip
+    page = _write([run_dir], tmp_path / "report.html")
+    elements = _Elements(page)
+    assert "correlation > 0.95: 0.97 against 0.95, since step 80 (rollback, not done)" in elements.text
+    (link,) = [value for name, value in elements.attributes if name == "href" and value and value.startswith("#")]
+    (block,) = re.findall(rf'<pre id="{link[1:]}">([^<]*)</pre>', page)
+    assert json.loads(html.unescape(block))["evidence"] == evidence
+
+
+def test_a_crash_report_is_shown_with_its_lines_and_stacks(tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run")
+    crash = {"attempt": 1, "class": "node lost", "summary": "node7 went away", "host": "node7", "lines": ["a", "b"]}
+    crash |= {"stacks": [{"rank": 3, "source": "hang", "text": "in all_reduce"}], "last_steps": {"3": {"step": 60}}}
+    (run_dir / "attempts" / "0001" / "crash.json").write_text(json.dumps(crash))
+    text = _Elements(_write([run_dir], tmp_path / "report.html")).text
+    for expected in (
+        "attempt 1: node7 went away",
+        "node lost",
+        "last 2 lines",
+        "in all_reduce",
+        "last step of every rank",
+    ):
+        assert expected in text

@@ -10,21 +10,14 @@ import pytest
 
 from monitoring.report import write_report
 from tests.monitoring.browser import Browser
-from tests.monitoring.sample_run import build_run
+from tests.monitoring.sample_run import build_long_run, build_run
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
 
-PANELS = (
-    "loss",
-    "loss-depth",
-    "depth-histogram",
-    "state-rms",
-    "residual",
-    "grad-norm",
-    "throughput",
-    "learning-rate",
-)
+# What runs with few probes show, alone and side by side.
+PANELS = ("loss", "loss-buckets", "validation", "loss-depth", "depth-histogram", "grad-norm", "learning-rate",
+          "state-rms", "residual", "throughput", "checkpoints")  # fmt: skip
 HOSTILE = "<img src=x onerror='document.documentElement.dataset.owned=1'>"
 
 
@@ -64,8 +57,26 @@ def test_every_panel_is_drawn_and_no_request_leaves(browser: Browser, tmp_path: 
     _open_report(browser, [build_run(tmp_path / "night-run")], tmp_path / "report.html")
     assert {panel: _marks(browser, panel) > 0 for panel in PANELS} == dict.fromkeys(PANELS, True)
     assert _marks(browser, "loss") >= 100 + 10 + 1  # a dot per step, a ring per replayed step, the mean
-    assert browser.requests == [(tmp_path / "report.html").as_uri()]
+    # Heat maps are pictures that the page makes itself.
+    asked = [url for url in browser.requests if not url.startswith("data:image/png;")]
+    assert asked == [(tmp_path / "report.html").as_uri()]
     assert browser.complaints == []
+
+
+def test_a_long_run_is_drawn_whole_in_a_small_file(browser: Browser, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    _open_report(browser, [build_long_run(tmp_path / "long", steps=20_000)], out)
+    assert out.stat().st_size <= 5_000_000
+    drawn = browser.evaluate("[...document.querySelectorAll('.panel .plot')].map(plot => plot.id.slice(5))")
+    heats = {"state-heat", "residual-heat", "nodes"}
+    assert heats < set(drawn)
+    assert {key for key in set(drawn) - heats if not _marks(browser, key)} == set()
+    images = "document.querySelectorAll('#plot-{} .heatmaplayer image').length"
+    assert [browser.evaluate(images.format(key)) for key in sorted(heats)] == [1, 1, 1]
+    assert browser.evaluate("document.querySelectorAll('.panel .gap').length") == 0
+    assert browser.complaints == []
+    browser.evaluate("document.querySelector('.incidents a').click()")
+    browser.wait_for("document.querySelector('pre:target')?.checkVisibility() === true")
 
 
 def test_the_browser_itself_forbids_the_report_any_request(browser: Browser, tmp_path: Path) -> None:
@@ -105,10 +116,10 @@ def test_a_click_hides_a_run_in_all_panels_and_another_shows_it(browser: Browser
     _open_report(browser, runs, tmp_path / "report.html")
     both = {panel: _marks(browser, panel) for panel in PANELS}
     browser.evaluate("document.querySelector('[data-run=run-1]').click()")
-    browser.wait_for("document.querySelectorAll('#plot-learning-rate .trace').length === 1")
+    browser.wait_for("document.querySelectorAll('#plot-checkpoints .trace').length === 1")
     assert all(0 < _marks(browser, panel) < both[panel] for panel in PANELS)
     browser.evaluate("document.querySelector('[data-run=run-1]').click()")
-    browser.wait_for("document.querySelectorAll('#plot-learning-rate .trace').length === 2")
+    browser.wait_for("document.querySelectorAll('#plot-checkpoints .trace').length === 2")
     assert {panel: _marks(browser, panel) for panel in PANELS} == both
 
 
@@ -136,14 +147,15 @@ def test_the_page_fits_the_screen(browser: Browser, tmp_path: Path, width: int) 
     _open_report(browser, runs, tmp_path / "report.html")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     widths = browser.evaluate("[...document.querySelectorAll('.plot')].map(plot => plot.clientWidth)")
-    assert len(widths) == len(PANELS)
+    assert len(widths) >= len(PANELS)
     assert min(widths) >= 300
 
 
 def test_a_run_without_anything_yet_is_a_page_of_stated_gaps(browser: Browser, tmp_path: Path) -> None:
-    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "attempts").mkdir(parents=True)
     _open_report(browser, [tmp_path / "new"], tmp_path / "report.html")
     gaps = browser.evaluate("[...document.querySelectorAll('.panel .gap')].map(gap => gap.innerText)")
-    assert len(gaps) == len(PANELS)
+    assert len(gaps) > 20
+    assert browser.evaluate("document.querySelectorAll('.plot').length") == 0
     assert "No evaluation yet." in gaps
     assert browser.complaints == []

@@ -20,7 +20,6 @@ from monitoring.runlog import (
     RunLog,
     RunLogError,
     attempts,
-    branches,
     hold,
     read_attempt,
     read_events,
@@ -29,6 +28,7 @@ from monitoring.runlog import (
     replayed,
     write_atomic,
 )
+from tests.monitoring.plain_branches import branches
 
 
 def _log(run_dir: Path, *attempts_steps: list[int]) -> None:
@@ -144,9 +144,10 @@ def test_torn_lines_are_skipped_and_those_in_the_middle_counted(tmp_path: Path) 
     first, second, third, fourth = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + second[:9] + third + b'{"no": "step"}\n[1]\n\xff\n' + fourth[:-1])
     assert _steps(read_metrics(tmp_path)) == [(1, 1)]
-    assert branches(tmp_path).damaged == 4
-    path.write_bytes(first + b"\n")
-    assert branches(tmp_path).damaged == 0
+    for content, damaged in ((path.read_bytes(), 4), (first + b"\n", 0)):
+        path.write_bytes(content)
+        follower = MetricsFollower(path)
+        assert (len(follower.poll()), follower.damaged) == (1, damaged)
 
 
 def test_a_follower_returns_each_record_once_it_is_complete(tmp_path: Path) -> None:
@@ -169,14 +170,14 @@ def test_the_newest_attempt_wins_each_step(tmp_path: Path) -> None:
 
 def test_the_current_branch_is_what_the_newest_record_descends_from(tmp_path: Path) -> None:
     _log(tmp_path, [1, 2, 3, 4, 5], [3, 4], [4])
-    current, abandoned, _ = branches(tmp_path)
+    current, abandoned = branches(tmp_path)
     assert _steps(current) == [(1, 1), (1, 2), (2, 3), (3, 4)]
     assert _steps(abandoned) == [(1, 3), (1, 4), (1, 5), (2, 4)]
 
 
 def test_going_back_within_an_attempt_opens_a_branch_too(tmp_path: Path) -> None:
     _log(tmp_path, [1, 2, 3, 4, 2, 3])
-    current, abandoned, _ = branches(tmp_path)
+    current, abandoned = branches(tmp_path)
     assert [record["step"] for record in current] == [1, 2, 3]
     assert [record["step"] for record in abandoned] == [2, 3, 4]
 
@@ -186,7 +187,7 @@ def test_branches_split_all_records(histories: list[list[int]], tmp_path_factory
     run_dir = tmp_path_factory.mktemp("run")
     _log(run_dir, *histories)
     written = [(attempt, step) for attempt, steps in enumerate(histories, start=1) for step in steps]
-    current, abandoned, _ = branches(run_dir)
+    current, abandoned = branches(run_dir)
     assert sorted(_steps(current) + _steps(abandoned)) == sorted(written)
     assert _steps(current)[-1:] == written[-1:]
     steps = [record["step"] for record in current]
@@ -244,10 +245,10 @@ def test_a_run_that_logged_nothing_reads_as_nothing(tmp_path: Path) -> None:
     assert read_attempt(tmp_path, 99) == []
     assert read_events(tmp_path) == []
     assert replayed(tmp_path) == []
-    assert branches(tmp_path) == ([], [], 0)
+    assert branches(tmp_path) == ([], [])
 
 
-@pytest.mark.parametrize("read", [attempts, read_metrics, read_events, replayed, branches])
+@pytest.mark.parametrize("read", [attempts, read_metrics, read_events, replayed])
 def test_a_missing_run_directory_is_named_with_the_next_action(tmp_path: Path, read: Any) -> None:
     with pytest.raises(RunLogError, match=r"no run directory .*nowhere: name the directory that `rookery train` wrote"):
         read(tmp_path / "nowhere")

@@ -21,7 +21,8 @@ depth: {mean_recurrence: 4, mean_backprop_depth: 2}
 optimizer: {learning_rate: 2.0e-3}
 schedule: {warmup_steps: 2, cooldown_steps: 4}
 data: {train: data/train, validation: data/validation, tokenizer: tokenizer}
-train: {steps: 12, global_batch_size: 8, micro_batch_size: 2, precision: fp32, probe_every: 4}
+train: {steps: 12, global_batch_size: 8, micro_batch_size: 2, precision: fp32}
+monitor: {probe_every: 4}
 checkpoint: {every: 4, keep_last: 2}
 """
 

@@ -81,7 +81,7 @@ def test_a_batch_that_shrinks_is_four_graphs() -> None:
 
 def test_a_compiled_run_goes_on_with_the_kernels_that_it_kept(workdir: Path) -> None:
     """Each process has a folder of its own; the archive is all that they share."""
-    short = "train.steps=3", "schedule.cooldown_steps=0", "train.probe_every=100", "model.n_layers_in_recurrent_block=1"
+    short = "train.steps=3", "schedule.cooldown_steps=0", "monitor.probe_every=9", "model.n_layers_in_recurrent_block=1"
     kept = "train.compile={enabled: true, cache_dir: kernels}"
 
     def train(*overrides: str) -> None:

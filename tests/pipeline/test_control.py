@@ -76,7 +76,7 @@ def test_a_stop_leaves_time_for_a_save_twice_as_long_as_the_last_and_for_the_lon
         config = ControlConfig(time_limit_minutes=minutes, stop_margin_seconds=10.0)
         control = RunControl(config, World(), StopSignals())
         control.save_seconds, control.saving = save_seconds, saving
-        cause = control.agree(1.0, longest_step, []).wait().cause
+        cause = control.agree(1.0, None, longest_step, []).wait().cause
         assert cause is None or cause.flag is Flag.TIME_LEFT
         return cause is not None
 
@@ -114,13 +114,18 @@ def test_of_several_causes_the_most_important_is_given(listening: StopSignals) -
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGUSR2)
     control = RunControl(ControlConfig(time_limit_minutes=0.001, stop_margin_seconds=0.05), World(), listening)
-    loss, cause, sums = control.agree(float("nan"), 0.0, [2.0**52, 3.0]).wait()
+    loss, cause, sums = control.agree(float("nan"), "loss nan", 0.0, [2.0**52, 3.0]).wait()
     assert loss != loss
     assert sums == [2.0**52, 3.0]
     assert cause is not None
-    assert (cause.flag, cause.detail) == (Flag.NON_FINITE, "loss nan")
-    assert (found := control.agree(2.0, 0.0, []).wait().cause) is not None
-    assert (found.flag, found.detail) == (Flag.SIGNAL, "SIGTERM")
+    assert (cause.flag, cause.detail) == (Flag.SIGNAL, "SIGTERM")
+    control = RunControl(ControlConfig(), World(), StopSignals())
+    control.verdict = "back"
+    assert (found := control.agree(2.0, "a gradient", 0.0, []).wait().cause) is not None
+    assert (found.flag, found.detail) == (Flag.VERDICT, "back")
+    control.verdict = None
+    assert (found := control.agree(2.0, "a gradient", 0.0, []).wait().cause) is not None
+    assert (found.flag, found.detail) == (Flag.NON_FINITE, "a gradient")
 
 
 def test_damaged_data_on_this_rank_is_raised_as_it_was() -> None:

@@ -25,7 +25,7 @@ from pipeline.model import (
     reference_problem,
 )
 from pipeline.objective import ObjectiveConfig
-from pipeline.recurrence import Trace
+from pipeline.trace import Trace
 from tests.pipeline.small_models import SMALL, plain_logits, small_batch, small_config, small_model
 
 VARIANTS: list[dict[str, Any]] = [

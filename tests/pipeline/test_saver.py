@@ -14,7 +14,7 @@ import torch
 
 from data_prep.world import World
 from monitoring.runlog import RunLog
-from pipeline.checkpoints.health import Health, contraction
+from pipeline.checkpoints.health import Health
 from pipeline.checkpoints.manifest import WEIGHT, CheckpointManifest, checkpoints_in, list_checkpoints
 from pipeline.checkpoints.node_directory import NodeTierConfig
 from pipeline.checkpoints.proof import compare
@@ -24,6 +24,7 @@ from pipeline.checkpoints.saver import CheckpointConfig, Saver
 from pipeline.checkpoints.transfer import Outcome, Transfer
 from pipeline.engine import Fragment
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.rollback import Rollback
 from tests.pipeline.saved_checkpoint import draft
 
 RUN_ID = "0123456789abcdef"
@@ -155,6 +156,25 @@ def test_what_the_run_has_gone_back_behind_is_not_taken_from_a_node(tmp_path: Pa
     assert run.found(History(attempts=2, starts=[(1, 0), (2, 7)])) == 7
     # On other nodes, from step 4 on, and killed before it could save.
     assert run.found(History(attempts=2, starts=[(1, 0), (2, 4)])) == 4
+    # Rolled back, and killed before what came after it was put away, on the shared file system too.
+    back = Rollback(from_step=7, to_step=4, branch=1, samples_from=4, samples_to=9)
+    assert run.found(History(attempts=1, rollbacks=[back])) == 4
+    run.step()
+    run.rest()
+    assert [path.name[-1] for path in list_checkpoints(run.run_dir)] == ["4", "8"]
+    assert run.found() == 8
+    assert run.found(History(attempts=1, rollbacks=[back])) == 4
+    run.saver.go_back_to(4, promoted=False)
+    assert run.found() == 4
+
+
+def test_the_interval_can_be_shortened_for_a_while(tmp_path: Path) -> None:
+    run = Run(tmp_path, every=4, keep_last=9)
+    run.saver.shorten(2, until=6)
+    for _ in range(12):
+        run.step()
+        run.rest()
+    assert [int(path.name[-2:]) for path in list_checkpoints(run.run_dir)] == [2, 4, 6, 8, 12]
 
 
 def test_a_fast_tier_that_fails_does_not_keep_the_slow_ones_from_being_served(tmp_path: Path) -> None:
@@ -255,21 +275,20 @@ def test_a_log_tells_where_launches_went_on_from_and_how_long_a_save_takes(tmp_p
 
 
 def test_health_is_whether_the_state_settles_along_the_loop() -> None:
-    assert contraction([0.5] * 2, [1.0] * 2) is None
-    assert contraction([0.5**i for i in range(16)], [1.0] * 16) == pytest.approx(0.5)
     verdicts = {}
-    for name, residual in {"settles": 0.7, "grows": 1.3}.items():
+    for name, (rate, last) in {"settles": (0.7, 0.2), "grows": (1.3, 0.2), "rounding": (1.3, 1e-7)}.items():
         health = Health()
         assert health.vector() == {}
         health.note({"step": 1, "loss": 2.0, "grad_norm": 1.0})
         assert health.vector()["verdict"] == "unknown"
-        series = [residual**i for i in range(16)]
-        health.note({"step": 2, "loss": 2.0, "grad_norm": 1.0, "state_rms": [1.0] * 16, "relative_residual": series})
+        series = {"state_rms": [1.0] * 16, "relative_residual": [0.5] * 15 + [last], "contraction": rate}
+        health.note({"step": 2, "loss": 2.0, "grad_norm": 1.0, **series})
         health.note({"step": 3, "loss": 2.0, "grad_norm": 1.0})
         verdicts[name] = health.vector()["verdict"]
+        assert health.vector(["dead_core"])["verdict"] == "suspect"
         health.note({"step": 4, "loss": float("inf"), "grad_norm": 1.0})
         assert health.vector()["verdict"] == "suspect"
-    assert verdicts == {"settles": "healthy", "grows": "suspect"}
+    assert verdicts == {"settles": "healthy", "grows": "suspect", "rounding": "healthy"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from monitoring.crashes.report import read_crash_report
 from monitoring.runlog import read_attempt, read_events, read_metrics, read_outcome, replayed
 from pipeline.checkpoints.manifest import encode_manifest, list_checkpoints
 from pipeline.checkpoints.reader import CheckpointReader, resolve_checkpoint
@@ -107,6 +108,7 @@ def test_a_rank_killed_and_a_job_stopped_lose_nothing_and_change_nothing(workdir
     assert killed.wait(60) != 0
     assert read_outcome(run_dir, 1) is None
     reached = read_metrics(run_dir)[-1]["step"]
+    assert read_crash_report(run_dir, 1) is None
     first, _ = (node for run in memory.glob("rookery-*/*") for node in sorted(run.glob("*/")))
     shutil.rmtree(first)  # this node is lost, with what it held; the other holds copies
     stopped = start_training(workdir, *longer, *in_memory, local_world_size=1)
@@ -115,6 +117,10 @@ def test_a_rank_killed_and_a_job_stopped_lose_nothing_and_change_nothing(workdir
     outcome = read_outcome(run_dir, 2)
     assert outcome is not None
     assert outcome["exit_code"] == 10
+    crash = read_crash_report(run_dir, 1)  # written by the next start, for nobody was left
+    assert crash is not None
+    assert (crash["class"], crash["last_step"]) == ("killed", reached)
+    assert all(0 <= crash["last_steps"][rank]["step"] <= reached + 1 for rank in ("0", "1"))
     saved = CheckpointReader(list_checkpoints(run_dir)[-1]).manifest.progress.step
     assert saved == outcome["step"] < 40
     done = train(workdir, *longer)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.blocks import Positions
 from pipeline.model import RecurrentDepthModel
-from pipeline.recurrence import Trace
+from pipeline.trace import Trace
 from tests.pipeline.small_models import plain_logits, small_batch, small_model
 
 INJECTIONS = ["concat", "add", "gate", "diagonal"]

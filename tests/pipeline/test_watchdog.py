@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.world import World
+from monitoring.crashes.report import read_crash_report
 from monitoring.runlog import read_attempt, read_outcome
 from pipeline.control import ControlConfig
 from pipeline.journal import Journal, Traffic, process_state
@@ -62,6 +64,10 @@ def test_a_stopped_rank_is_named_with_where_it_stood_and_all_end(workdir: Path) 
     waiting = [rank for rank in hang["ranks"] if rank["rank"] != STOPPED]
     assert all(rank["inside"] and rank["collective"] for rank in waiting)
     assert "most recent call first" in (attempt / "hang/rank-00000.txt").read_text()
+    crash = read_crash_report(workdir / "run", 1)
+    assert crash is not None
+    assert (crash["class"], crash["rank"]) == ("hang", STOPPED)
+    assert {last["step"] for last in crash["last_steps"].values()} == {rank["step"] for rank in hang["ranks"]}
     while any(process_state(pid) not in ("", "Z") for pid in pids):  # the launcher does not wait for them
         assert time.monotonic() - stopped < FLOOR + 30
         time.sleep(0.1)
@@ -92,7 +98,21 @@ def test_a_limit_that_is_kept_ends_nothing(tmp_path: Path) -> None:
             with watchdog.step(1, 4.0, 2.0):
                 time.sleep(0.01)
         time.sleep(2.5)  # nothing to watch
-    assert {path.name for path in tmp_path.iterdir()} == {"heartbeat.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"heartbeat.json", "nodes"}
+
+
+def test_a_node_tells_where_its_ranks_stand_without_a_watchdog_too(tmp_path: Path) -> None:
+    journal, host = Journal(), socket.gethostname()
+    watchdog = Watchdog(ControlConfig(watchdog=False), World(), journal, tmp_path)
+    with journal.phase("step", 7), journal.phase("forward"), watchdog, watchdog.limit(0.0):
+        deadline = time.monotonic() + 30.0  # the first is left at once
+        while not (tmp_path / f"nodes/{host}.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        beat = json.loads((tmp_path / f"nodes/{host}.json").read_text())
+        assert (beat["host"], beat["ranks"]) == (host, {"0": {"step": 7, "phase": "forward", "state": "R"}})
+        assert watchdog.expected(1, 4.0, 2.0) is None
+    ended = json.loads((tmp_path / f"nodes/{host}.json").read_text())
+    assert ended["time"] > beat["time"]
 
 
 def test_a_journal_tells_phase_collective_and_traffic() -> None:

@@ -62,6 +62,10 @@ def test_a_local_chain_goes_on_until_the_run_is_finished(tmp_path: Path) -> None
     assert all((run / record["log"]).is_dir() for record in launched)
     over = records[-1]
     assert (over["kind"], over["code"], over["reason"]) == ("over", 0, "finish")
+    [crash] = run.glob("attempts/*/crash.json")  # attempts that end well have none
+    found = json.loads(crash.read_text())
+    assert (found["attempt"], found["class"], found["status"]) == (2, "unknown", 1)
+    assert (found["log"], found["lines"]) == (f"{launched[1]['log']}/node-0.log", ["this is a crash"])
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,21 @@ def test_the_next_link_works_out_how_a_launch_ended_whose_job_died(tmp_path: Pat
     )
     assert launched["time"] <= ended["time"] <= died  # what came after is not its time
     assert joblog.read(run)[-1]["reason"] == "loss nan"
+    assert json.loads((run / "attempts/0001/crash.json").read_text())["summary"] == "diverged: loss nan"
+
+
+def test_ranks_that_are_killed_are_told_so_by_their_link(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, LOCAL, ["hold", "finish"])
+    process = link(run)
+    wait_for((run / "attempts/0001").is_dir)
+    [ranks] = children(process.pid)
+    os.kill(ranks, signal.SIGKILL)
+    said = process.communicate(timeout=30)[1]
+    assert endings(run) == [None, 0]
+    crash = run / "attempts/0001/crash.json"
+    assert f"what is known of it: {crash}" in said
+    assert json.loads(crash.read_text())["summary"] == "killed (SIGKILL)"
 
 
 def test_what_could_not_be_staged_whole_is_removed_before_the_ranks_start(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from monitoring.runlog import Record, attempts, branches, read_events, read_outcome
+from monitoring.crashes.report import read_crash_report
+from monitoring.runlog import Record, attempts, read_events, read_outcome
 from pipeline.checkpoints.manifest import list_checkpoints
 from slurm.joblog import read
 from slurm.quarantine import quarantined
+from tests.monitoring.plain_branches import branches
 from tests.pipeline.conftest import write_corpus
 from tests.ranks import rookery
 from tests.slurm.cluster import Cluster, write_profile
@@ -26,7 +28,7 @@ STEPS = 180
 PACE = 0.3  # seconds a step: no chain of links of a minute does it in two
 EVERY = 10
 
-LONGER = [f"train.steps={STEPS}", "schedule.cooldown_steps=0", f"checkpoint.every={EVERY}", "train.probe_every=100"]
+LONGER = [f"train.steps={STEPS}", "schedule.cooldown_steps=0", f"checkpoint.every={EVERY}", "monitor.probe_every=100"]
 SIGNALLED = [*LONGER, "control.stop_margin_seconds=0"]
 
 
@@ -187,6 +189,13 @@ def test_whatever_hits_it_a_run_completes_by_itself(place: Workplace, uninterrup
     assert list(quarantined(run, 1.0, time.time())) == [victim]
     launched = [record for record in read(run) if record["kind"] == "launched"]
     assert victim not in launched[-1]["nodes"]
+    crashes = {attempt: read_crash_report(run, attempt) or {} for attempt in attempts(run)}
+    said = {attempt: (crash["class"], crash["host"]) for attempt, crash in crashes.items() if crash}
+    assert said[1] == ("killed", "n2")
+    assert (crashes[1]["kind"], crashes[1]["rank"]) == ("SIGKILL", 1)
+    assert {rank: last["step"] > 0 for rank, last in crashes[1]["last_steps"].items()} == {"0": True, "1": True}
+    assert said[5] == ("node lost", victim)
+    assert not said.keys() & {3, 6}
 
 
 def test_a_diverging_run_and_one_whose_input_is_bad_end_their_chains_at_once(place: Workplace) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from monitoring.runlog import RunLog
+from monitoring.crashes.report import write_crash_report
+from monitoring.runlog import RunLog, RunLogError
 from rookery.status import describe
 from slurm import joblog
 from slurm.cancel import CancelError, cancel
 from slurm.quarantine import quarantine
-from slurm.status import StatusError, find_runs, status, unfinished_jobs
+from slurm.status import find_runs, status, unfinished_jobs
 
 NOW = 1_800_000_000.0
 
@@ -74,15 +75,17 @@ def test_a_chain_is_told_from_the_run_directory_alone(run: Path) -> None:
     assert (answer["step"], answer["steps"], answer["tokens"], answer["loss"]) == (14, 20, 14000, 9.0 - 1.4)
     assert answer["tokens_per_second"] == pytest.approx(100.0)
     assert answer["seconds_left"] == pytest.approx(60.0)
-    # 14 steps of 10 s, of which two were done twice, in 100 s and 150 s.
-    assert answer["goodput"] == pytest.approx(140 / 250)
+    # 14 steps of 10 s, of which two were done twice; each launch began with 30 s, and the first ended with 10 s.
+    parts = {"productive": 140, "replayed": 20, "start_up": 60, "lost": 10, "checkpoint": 0, "evaluation": 0, "idle": 0}
+    assert answer["ledger"] == pytest.approx(parts | {"total": 230, "share": 140 / 230})
     assert answer["over"] is None
     assert json.loads(json.dumps(answer)) == answer
 
     text = "\n".join(describe(answer, NOW))
     assert f"{run}: running - frontier, 2 of 3 links begun (afterany)" in text
     assert "step 14 of 20 (70.0%)  14,000 tokens  loss 7.6000" in text
-    assert "goodput 56%" in text
+    assert "goodput 61%" in text
+    assert "4 min: 61% productive, 26% start-up, 9% replayed, 4% lost" in text
     assert "n1: down after job 7" in status_text(run)
 
 
@@ -109,9 +112,29 @@ def test_a_run_that_was_started_by_hand_is_told_by_its_outcome(run: Path, code: 
 def test_a_silent_attempt_has_ended_and_one_with_a_heartbeat_runs(run: Path) -> None:
     _train(run, 1, 2, NOW - 5000, None)
     assert status(run, NOW)["state"] == "ended"
+    crash = status(run, NOW)["attempts"][0]["crash"]  # which nobody has written down as long as there is no next start
+    assert (crash["summary"], crash["path"]) == ("unknown: ended without a word: killed, or its node died", None)
     heartbeat = {"time": NOW - 10, "step": 2, "phase": "forward"}
     (run / "attempts/0001/heartbeat.json").write_text(json.dumps(heartbeat))
     assert status(run, NOW)["state"] == "running"
+
+
+def test_the_newest_failure_is_told_with_its_report(run: Path) -> None:
+    _two_launches(run)
+    [failed, healthy] = status(run, NOW)["attempts"]
+    assert (failed["crash"], healthy["crash"]) == (None, None)  # the next start, or the link, will have written it
+    path = write_crash_report(run, 1)
+    answer = status(run, NOW)
+    assert answer["attempts"][0]["crash"] == {
+        "class": "killed",
+        "kind": "SIGKILL",
+        "summary": "killed (SIGKILL)",
+        "rank": None,
+        "host": None,
+        "path": str(path),
+    }
+    text = "\n".join(describe(answer, NOW))
+    assert f"attempt 1: killed (SIGKILL)\n{'':<14}{path}" in text
 
 
 def test_an_attempt_does_not_outlive_its_job(run: Path) -> None:
@@ -134,7 +157,7 @@ def test_a_chain_that_is_over_says_why(run: Path, cancelled: bool, state: str) -
 def test_a_submission_that_has_not_begun_has_no_steps(run: Path) -> None:
     _append(run, "submitted", NOW, jobs=["7"], chain="requeue", links=4, first_link=1, site="lumi")
     answer = status(run, NOW)
-    assert (answer["state"], answer["step"], answer["goodput"]) == ("unknown", None, None)
+    assert (answer["state"], answer["step"], answer["ledger"]["share"]) == ("unknown", None, None)
     assert "no step yet, of 20" in "\n".join(describe(answer, NOW))
 
 
@@ -171,7 +194,7 @@ def test_runs_are_found_below_a_directory_and_in_sweeps(run: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StatusError, match="is no run directory"):
+    with pytest.raises(RunLogError, match="no run directory"):
         status(tmp_path)
     with pytest.raises(CancelError, match="is no run directory"):
         cancel(tmp_path)

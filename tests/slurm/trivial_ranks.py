@@ -46,6 +46,8 @@ def main(run_dir: Path, actions: list[str]) -> int:
         time.sleep(0.02)
     if action in ("save", "wait"):
         (run_dir / "checkpoints" / f"step-{10 * attempt:08d}").mkdir(parents=True)
+    if action == "crash":
+        sys.stderr.write("this is a crash\n")
     codes = {"finish": 0, "save": 10, "wait": 10, "stop": 10, "disagree": 10, "diverge": 11, "bad": 13}
     if action in codes:
         outcome = {"exit_code": codes[action], "reason": action, "hosts": [argument] if argument else []}

@@ -1,0 +1,1 @@
+"""What an attempt that ended badly leaves behind: who failed first, and what it said last."""

@@ -1,0 +1,1 @@
+"""Other tools' views of a run, fed from the run log."""
