@@ -24,9 +24,8 @@ setup: $(STAMP) ## make .venv and install everything into it (again when pyproje
 smoke: $(STAMP) ## the whole chain, small, on this machine: text to trained, resumed, evaluated, exported model
 	$(BIN)/rookery smoke
 
-# Two processes, of which one does tests/slurm: a cluster's tests wait most of their time (tests/conftest.py).
 test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 check: $(STAMP) ## format, lint, import arrows, types
 	$(BIN)/ruff format --check .

@@ -12,13 +12,6 @@ settings.register_profile("rookery", settings.default, deadline=None)
 settings.load_profile("rookery")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make two groups, for `pytest -n 2 --dist loadgroup`: what waits for a SLURM cluster, and the rest."""
-    for item in items:
-        group = "cluster" if item.path.parent.name == "slurm" else "rest"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
     """Turns a skip into a failure that shows the skip's reason; an expected failure (xfail) is no skip."""
     if not report.skipped or hasattr(report, "wasxfail"):
