@@ -46,6 +46,7 @@ class StepResult:
         sample_sums: of the samples that the ranks fed to the model (`pipeline.sample_hash`).
         reports: the sums over ranks of what they reported.
         fingerprint: of what this rank computed by itself, its loss and gradients; its own on every rank.
+        measured: what the probe of the update has found; empty without one.
     """
 
     loss_sum: float
@@ -56,6 +57,7 @@ class StepResult:
     sample_sums: list[float]
     reports: list[float]
     fingerprint: bytes
+    measured: dict[str, Any]
 
     @property
     def loss(self) -> float:
@@ -244,6 +246,7 @@ class Stepper:
             sample_sums=agreed.sums[:LANES],
             reports=agreed.sums[LANES:],
             fingerprint=fingerprint,
+            measured={} if probe is None else probe.read(),  # here, where the watchdog looks: the ranks meet
         )
 
     def _own_part(self, losses: torch.Tensor) -> tuple[str | None, bytes]:

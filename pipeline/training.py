@@ -289,7 +289,7 @@ class Training:
             **({} if expected is None else {"expected_seconds": expected}),
             **self._accounting.record(step, seconds),
             **(trace.to_record() if trace is not None else {}),
-            **(self._update_probe.read() if probed else {}),
+            **result.measured,
         }
         return record, result
 
@@ -299,7 +299,8 @@ class Training:
         phases = self._accounting.phases(self._clock)
         self._pace.add(*self._stepper.own_iterations(), self._stepper.forward_seconds(phases))
         if number % config.monitor.pace_every == 0:
-            record |= self._pace.read()
+            with self._watchdog.limit(self._config.control.hang_save_minutes * 60.0):
+                record |= self._pace.read()
         if not ends:
             if number % config.monitor.depth_gain_every == 0:
                 record |= self._look_at_depth()
